@@ -1,0 +1,170 @@
+"""ImageClassifier: the LightningModule that wraps every architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Beta
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cifar_lab import augment, optim
+from cifar_lab.data import epoch_seed
+from cifar_lab.models import build
+from cifar_lab.recipe import Recipe
+
+
+def macro_f1(confusion: Tensor) -> Tensor:
+    """Mean over the classes of 2*tp / (2*tp + fp + fn), 0 for a class neither present nor predicted.
+
+    `confusion` is (C, C), true classes in the rows.
+    """
+    hits = confusion.diagonal().double()
+    seen = (confusion.sum(0) + confusion.sum(1)).double()
+    return (2 * hits / seen.clamp_min(1)).mean()
+
+
+class ImageClassifier(pl.LightningModule):
+    """A recipe's network with its normalisation, loss, metrics and optimiser.
+
+    Args:
+        recipe: the Recipe's fields as a dict, so that a checkpoint's header holds primitives only.
+        classes: class names in the order of the labels.
+        mean: per-channel mean of pixels in 0..1.
+        std: per-channel standard deviation.
+
+    Logs, once an epoch: train_loss train_acc val_loss val_acc val_macro_f1. train_acc is of the augmented images as
+    they were trained on; under mixup and cutmix a prediction counts when it hits the image's larger share.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, recipe: dict[str, Any], classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(
+            {"recipe": recipe, "classes": list(classes), "mean": list(mean), "std": list(std)}, logger=False
+        )
+        self.recipe = Recipe(**recipe)
+        self.classes = tuple(classes)
+        self.network = build(self.recipe, len(classes))
+        if self.network.CHANNELS_LAST:
+            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.averaged: AveragedModel | None = None
+        if self.recipe.ema:
+            self.averaged = AveragedModel(
+                self.network, multi_avg_fn=get_ema_multi_avg_fn(self.recipe.ema), use_buffers=True
+            )
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", torch.tensor(std)[:, None, None])
+        self.metrics: dict[str, float] = {}
+        counts = len(classes)
+        self.register_buffer("train_sums", torch.zeros(3), persistent=False)
+        self.register_buffer("val_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
+        self.register_buffer("confusion", torch.zeros(counts, counts, dtype=torch.int64), persistent=False)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images (N, 3, 32, 32), uint8 or float in 0..1, as the network wants them."""
+        if not images.is_floating_point():
+            images = images.float() / 255
+        images = (images - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last) if self.network.CHANNELS_LAST else images
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (N, 3, 32, 32), uint8 or float in 0..1, to logits (N, C), by the averaged weights where there are any."""
+        network = self.averaged if self.averaged is not None else self.network
+        logits: Tensor = network(self.normalise(images)).float()
+        return logits
+
+    def on_train_epoch_start(self) -> None:
+        # Dropout and mixing draw from the global generator: a function of (seed, epoch) too.
+        torch.manual_seed(epoch_seed(self.recipe.seed ^ 0xD20, self.current_epoch))
+        self.train_sums.zero_()  # type: ignore[operator]
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        inputs, targets, main = self._mixed(self.normalise(images), labels)
+        logits = self.network(inputs).float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
+        with torch.no_grad():
+            hits = (logits.argmax(1) == main).sum()
+            n = len(labels)
+            self.train_sums += torch.stack([loss.detach() * n, hits, torch.full_like(hits, n)])
+        return loss
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images, targets and main label after mixup or cutmix, where the recipe has one of them."""
+        recipe = self.recipe
+        alpha = recipe.mixup or recipe.cutmix
+        if not alpha:
+            return images, labels, labels
+        n, device = len(images), images.device
+        partner = torch.randperm(n, device=device)
+        concentration = torch.full((n,), alpha, device=device)
+        share = Beta(concentration, concentration).sample()
+        targets = F.one_hot(labels, len(self.classes)).float()
+        if recipe.mixup:
+            images, targets = augment.mixup(images, targets, partner, share)
+        else:
+            y = torch.randint(images.shape[2], (n,), device=device)
+            x = torch.randint(images.shape[3], (n,), device=device)
+            images, targets = augment.cutmix(images, targets, partner, y, x, share)
+        return images, targets, targets.argmax(1)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.network)
+
+    def on_validation_epoch_start(self) -> None:
+        self.val_loss_sum.zero_()  # type: ignore[operator]
+        self.confusion.zero_()  # type: ignore[operator]
+
+    def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        images, labels = batch
+        logits = self(images)
+        self.val_loss_sum += F.cross_entropy(logits, labels, reduction="sum").double()
+        counts = len(self.classes)
+        cells = torch.bincount(labels * counts + logits.argmax(1), minlength=counts**2)
+        self.confusion += cells.view(counts, counts)
+
+    def on_validation_epoch_end(self) -> None:
+        n = int(self.confusion.sum())  # type: ignore[operator]
+        self._publish(
+            val_loss=float(self.val_loss_sum) / n,  # type: ignore[arg-type]
+            val_acc=int(self.confusion.diagonal().sum()) / n,  # type: ignore[operator]
+            val_macro_f1=float(macro_f1(self.confusion)),  # type: ignore[arg-type]
+        )
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, ReduceLROnPlateau):
+                config.scheduler.step(self.metrics["val_loss"])
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        # Lightning would step the plateau after the epoch's checkpoint is written, and skip that step on a resume.
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def on_train_epoch_end(self) -> None:
+        loss, hits, n = self.train_sums.tolist()  # type: ignore[operator]
+        self._publish(train_loss=loss / n, train_acc=hits / n)
+
+    def _publish(self, **metrics: float) -> None:
+        # Kept beside Lightning's own record, which rounds to float32.
+        self.metrics.update(metrics)
+        self.log_dict(metrics)
+
+    def predict_step(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Labels (B,) and probabilities (B, C)."""
+        images, labels = batch
+        return labels, self(images).softmax(1)
+
+    def configure_optimizers(self) -> Any:
+        made = optim.optimizer(self.recipe, self.network.parameters())
+        steps = len(self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        return [made], optim.schedulers(self.recipe, made, steps)

@@ -1,0 +1,147 @@
+"""Command lines: flags become a Recipe, errors a paragraph with an exit status."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from cifar_lab.recipe import InputError, nearest, recipe_class
+
+Given = dict[str, Any]
+DONE, FAILED, REFUSED = 0, 1, 2
+
+
+class Parser(ArgumentParser):
+    """A jsonargparse parser whose errors quote the value, the legal ones and the nearest flag."""
+
+    options: tuple[type, ...] = ()
+    switches: tuple[str, ...] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        """Turn jsonargparse's message into an InputError."""
+        raise InputError(self._explained(str(message)))
+
+    def _explained(self, message: str) -> str:
+        flags = [name for name in self._option_string_actions if name.startswith("--")]
+        if found := re.match(r"[Uu]nrecognized arguments: (\S+)", message):
+            typed = found[1].partition("=")[0]
+            return f"{typed}: there is no such flag{nearest(typed, flags)} --help lists them all."
+        if found := re.search(r"Option '(\S+)' is not accepted", message):
+            known = [flag.removeprefix("--") for flag in flags]
+            return f"{found[1]}: there is no such field in a YAML file{nearest(found[1], known)}"
+        key = re.search(r'Parser key "(\w+)"', message)
+        value = re.search(r"(?:Got|Given) value: (.*)", message)
+        if key and value:
+            for record in self.options:
+                if key[1] in {f.name for f in fields(record)}:
+                    try:
+                        record(**{key[1]: value[1]})
+                    except InputError as error:
+                        return flagged(error)
+        return " ".join(message.split())
+
+
+def flagged(error: InputError) -> str:
+    """The error's text; a field's name at its start is written as the flag it is."""
+    return re.sub(r"^(?=[a-z_]+: )", "--", str(error))
+
+
+def parse(
+    prog: str,
+    description: str,
+    argv: Sequence[str],
+    *,
+    options: type | None = None,
+    switches: dict[str, str] | None = None,
+    default_arch: str = "resnet",
+) -> tuple[Given, Given]:
+    """What was given for the recipe, and for the command's own options and switches; nothing that was left out.
+
+    Args:
+        prog: the command, as one types it.
+        description: what it does, for --help.
+        argv: the words after it.
+        options: a dataclass of further options, checked by its own making.
+        switches: flags without a value and their help.
+        default_arch: whose fields are offered when no --arch is given.
+
+    Raises:
+        InputError: an unknown flag, or a value of the wrong type.
+    """
+    recipe = recipe_class(_arch_of(argv, default_arch))
+    parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    parser.options = (recipe,) if options is None else (recipe, options)
+    parser.add_argument("--config", action="config", help="a YAML file of fields; flags after it win")
+    if options is not None:
+        parser.add_class_arguments(options, None)
+    for name, text in (switches or {}).items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    parser.add_class_arguments(recipe, None)
+    parsed = vars(parser.parse_args(list(argv), defaults=False))
+    recipe_fields = {f.name for f in fields(recipe)}
+    given = {k: v for k, v in parsed.items() if k in recipe_fields}
+    own = {k: v for k, v in parsed.items() if k not in recipe_fields and k != "config"}
+    if options is not None:
+        options(**{k: v for k, v in own.items() if k not in (switches or {})})
+    return given, own
+
+
+def _arch_of(argv: Sequence[str], default: str) -> str:
+    """The architecture that the words or their YAML files name: it decides which other flags exist."""
+    chosen = default
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        if flag in ("--arch", "--config"):
+            value = value if equals else argv[i + 1] if i + 1 < len(argv) else ""
+            chosen = value if flag == "--arch" else _arch_in(value) or chosen
+    return chosen
+
+
+def _arch_in(path: str) -> str | None:
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise InputError(f"--config: {path!r} cannot be read ({error.strerror}). Legal: a YAML file of fields.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"--config: {path!r} is no YAML file ({' '.join(str(error).split())}).") from error
+    if not isinstance(content, dict):
+        raise InputError(f"--config: {path!r} holds {type(content).__name__}, not fields and values.")
+    arch = content.get("arch")
+    return None if arch is None else str(arch)
+
+
+@contextlib.contextmanager
+def exit_status() -> Iterator[None]:
+    """Exit 2 with one paragraph for an InputError, 1 for an interrupt; other errors stay errors."""
+    try:
+        yield
+    except InputError as error:
+        print(paragraph(f"error: {flagged(error)}"), file=sys.stderr)
+        sys.exit(REFUSED)
+    except KeyboardInterrupt:
+        sys.exit(FAILED)
+
+
+def paragraph(text: str) -> str:
+    """The text, wrapped at the terminal's width."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """Run a command's `main` on this process's words and exit with its status."""
+    with exit_status():
+        sys.exit(main(sys.argv[1:]))
+
+

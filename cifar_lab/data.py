@@ -1,0 +1,346 @@
+"""Data: images decoded once to uint8 tensors, split, and served in batches."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from cifar_lab.augment import Augmentation
+from cifar_lab.recipe import InputError, Recipe
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+SIDE = 32
+Part = Literal["train", "test"]
+
+
+class DataError(InputError):
+    """The images are absent, unreadable, or too few for what was asked."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One part of a dataset, memory-mapped: every process on a machine shares the same pages.
+
+    images (N, 3, 32, 32) uint8, labels (N,) int64, moments (N, 2, 3) int64: each image's sum of pixels and of squares.
+    """
+
+    images: Tensor
+    labels: Tensor
+    moments: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def cache_folder() -> Path:
+    """Where decoded images and downloads are kept: `$XDG_CACHE_HOME/cifar_lab`, else `~/.cache/cifar_lab`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_lab"
+
+
+def load(recipe: Recipe, part: Part) -> ImageSet:
+    """A part of the recipe's dataset, decoded the first time it is asked for, by one process while the others wait.
+
+    Raises:
+        DataError: absent or unreadable images; the message names the ways out.
+    """
+    files, decode = _source(recipe, part)
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    folder = cache_folder() / f"{recipe.dataset}-{part}-{digest.hexdigest()[:16]}"
+    if not folder.exists():
+        _decode_into(folder, decode)
+    try:
+        arrays = [
+            torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in ("images", "labels", "moments")
+        ]
+        classes = tuple(json.loads((folder / "classes.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise DataError(f"The decoded images in {folder} are unreadable ({error}). Delete that folder.") from error
+    return ImageSet(*arrays, classes)
+
+
+def _decode_into(folder: Path, decode: Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]) -> None:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if folder.exists():
+                return
+            images, labels, classes = decode()
+            wide = images.reshape(len(images), 3, -1).astype(np.int64)
+            moments = np.stack([wide.sum(2), (wide**2).sum(2)], 1)
+            # Written aside and renamed, so that a killed decode leaves nothing that looks whole.
+            aside = Path(tempfile.mkdtemp(dir=folder.parent))
+            try:
+                for name, array in (("images", images), ("labels", labels), ("moments", moments)):
+                    np.save(aside / f"{name}.npy", array)
+                (aside / "classes.json").write_text(json.dumps(classes))
+                aside.rename(folder)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
+    except DataError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"The cache {folder.parent} cannot be written ({error.strerror or error}); name another place with XDG_CACHE_HOME."
+        ) from error
+
+
+def _source(recipe: Recipe, part: Part) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+    """The files that a part consists of, and what decodes them."""
+    if recipe.dataset == "digits":
+        return [], lambda: _digits(part)
+    place = recipe.data_dir or os.environ.get("CIFAR_LAB_DATA")
+    flag = "--data_dir" if recipe.data_dir else "CIFAR_LAB_DATA"
+    ways = (
+        "Three ways out: leave --data_dir and CIFAR_LAB_DATA unset, and cifar10 is downloaded; name a folder that holds "
+        "cifar-10-python.tar.gz, or train/CLASS/ and test/CLASS/ with images; or take the embedded --dataset digits."
+    )
+    if place and not Path(place).is_dir():
+        raise DataError(f"{flag}: {place!r} is no folder. {ways}")
+    if place and (Path(place) / part).is_dir():
+        return _tree(recipe.dataset, Path(place) / part)
+    if recipe.dataset == "folder":
+        raise DataError(
+            f"--dataset folder wants {part}/CLASS/*.png below --data_dir; {place!r} has no folder {part!r}. {ways}"
+        )
+    root = Path(place) if place else cache_folder() / "downloads"
+    return _archive(root, download=not place, part=part, ways=ways, flag=flag)
+
+
+def _digits(part: Part) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """scikit-learn's 1,797 scans, 8x8 in 0..16, as 32x32 RGB; 360 of them, stratified, are the test set."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    chosen = np.sort(train if part == "train" else test)
+    small = torch.from_numpy(scans[chosen].reshape(-1, 1, 8, 8) * (255 / 16)).float()
+    large = torch.nn.functional.interpolate(small, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
+    images = large.round().to(torch.uint8).expand(-1, 3, -1, -1).contiguous().numpy()
+    return images, labels[chosen].astype(np.int64), tuple("0123456789")
+
+
+def _tree(dataset: str, root: Path) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+    """A folder a class, as `torchvision.datasets.ImageFolder` reads it."""
+    endings = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
+    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    if dataset == "cifar10" and tuple(classes) != CIFAR10_CLASSES:
+        raise DataError(
+            f"{root} holds the folders {', '.join(classes) or 'none'}; --dataset cifar10 wants exactly "
+            f"{', '.join(CIFAR10_CLASSES)}. For classes of your own take --dataset folder."
+        )
+    if len(classes) < 2:
+        raise DataError(f"{root} holds {len(classes)} folders; a class is a folder, and at least 2 are needed.")
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(p for p in (root / name).iterdir() if p.suffix.lower() in endings)
+        if not found:
+            raise DataError(f"{root / name} holds no image ({', '.join(sorted(endings))}).")
+        files += found
+        labels += [label] * len(found)
+
+    def decode() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+        from PIL import Image, ImageFile
+        from torchvision.datasets.folder import default_loader
+
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        images = np.empty((len(files), 3, SIDE, SIDE), np.uint8)
+        for i, file in enumerate(files):
+            try:
+                image = default_loader(str(file))
+            except (OSError, SyntaxError, ValueError) as error:
+                raise DataError(f"{file} is not a readable image ({error}). Mend or remove it.") from error
+            if image.size != (SIDE, SIDE):
+                if dataset == "cifar10":
+                    raise DataError(f"{file} is {image.size[0]}x{image.size[1]}, cifar10's images are 32x32. Take --dataset folder.")
+                image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
+            images[i] = np.asarray(image).transpose(2, 0, 1)
+        return images, np.array(labels, np.int64), tuple(classes)
+
+    return files, decode
+
+
+def _archive(
+    root: Path, *, download: bool, part: Part, ways: str, flag: str
+) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+    """torchvision's CIFAR-10: an archive, or what it unpacks to, MD5-checked."""
+    from torchvision.datasets import CIFAR10
+
+    archive, unpacked = root / CIFAR10.filename, root / CIFAR10.base_folder
+    if not download and not archive.exists() and not unpacked.is_dir():
+        raise DataError(f"{flag}: {str(root)!r} holds neither {CIFAR10.filename} nor a folder {part!r}. {ways}")
+
+    def decode() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+        try:
+            # A named folder is read, never written to: its archive is unpacked in the cache.
+            home = root
+            if not download and not unpacked.is_dir():
+                home = cache_folder() / "downloads"
+                home.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(archive, home / archive.name)
+            whole = CIFAR10(str(home), train=part == "train", download=home != root or download)
+        except (OSError, RuntimeError, EOFError) as error:
+            raise DataError(f"CIFAR-10 could not be had from {root}: {error}. {ways}") from error
+        images = np.ascontiguousarray(whole.data.transpose(0, 3, 1, 2))
+        return images, np.array(whole.targets, np.int64), CIFAR10_CLASSES
+
+    if unpacked.is_dir():
+        return sorted(p for p in unpacked.iterdir() if p.is_file()), decode
+    return ([archive] if archive.exists() else []), decode
+
+
+def _stratified(indices: np.ndarray, labels: np.ndarray, first: int | float, seed: int, asked: str) -> list[np.ndarray]:
+    from sklearn.model_selection import train_test_split
+
+    try:
+        halves: list[np.ndarray] = train_test_split(indices, train_size=first, stratify=labels[indices], random_state=seed)
+    except ValueError as error:
+        counts = np.bincount(labels[indices])
+        raise DataError(
+            f"{asked} cannot be drawn, stratified, from {len(indices)} images in {len(counts)} classes of "
+            f"{counts.min()} to {counts.max()} ({error})."
+        ) from error
+    return [np.sort(half) for half in halves]
+
+
+def split(labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
+    """Indices of the training and of the validation images, stratified; the same in every process.
+
+    Raises:
+        DataError: the fractions or the limit leave a class without images, or ask for more than there are.
+    """
+    classes = labels.numpy()
+    train, validation = _stratified(
+        np.arange(len(classes)), classes, 1 - recipe.val_fraction, recipe.split_seed, f"val_fraction: {recipe.val_fraction}"
+    )
+    if recipe.limit_train is not None and recipe.limit_train != len(train):
+        if recipe.limit_train > len(train):
+            raise DataError(f"limit_train: {recipe.limit_train}. Legal: 1 to {len(train)}, the images of the training part.")
+        train, _ = _stratified(train, classes, recipe.limit_train, recipe.split_seed, f"limit_train: {recipe.limit_train}")
+    return torch.from_numpy(train), torch.from_numpy(validation)
+
+
+def statistics(moments: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation a channel, (3,) float in 0..1, of the images whose moments these are."""
+    if normalize == "none":
+        return torch.zeros(3), torch.ones(3)
+    if normalize == "half":
+        return torch.full((3,), 0.5), torch.full((3,), 0.5)
+    total, squares = moments.sum(0).double()
+    pixels = len(moments) * SIDE * SIDE
+    mean = total / pixels
+    std = (squares / pixels - mean**2).clamp_min(0).sqrt()
+    # A channel that never varies is left unscaled rather than divided by zero.
+    std = torch.where(std > 0, std, 255.0)
+    return (mean / 255).float(), (std / 255).float()
+
+
+def epoch_seed(seed: int, epoch: int) -> int:
+    """A seed for one epoch: randomness is a function of (seed, epoch), so that a resumed run needs no saved state."""
+    return int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Batches:
+    """An epoch's batches: images (B, 3, 32, 32) uint8 and labels (B,), each one index operation on two tensors.
+
+    Shuffled and augmented when it is given `seed`, by a generator which (seed, epoch) determines. The epoch is read
+    when the first batch is drawn. All images are served, but for a lone last one in training: batch norm needs two.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        indices: Tensor,
+        batch_size: int,
+        *,
+        seed: int | None = None,
+        epoch: Callable[[], int] = lambda: 0,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        self.images, self.labels, self.indices = images, labels, indices
+        self.batch_size = batch_size
+        self.seed, self.epoch, self.augmentation = seed, epoch, augmentation
+
+    def __len__(self) -> int:
+        return len(self._starts())
+
+    def _starts(self) -> range:
+        lone = self.seed is not None and len(self.indices) > 1 and len(self.indices) % self.batch_size == 1
+        return range(0, len(self.indices) - lone, self.batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order, device = self.indices, self.images.device
+        if self.seed is not None:
+            epoch = self.epoch()
+            generator = torch.Generator(device).manual_seed(epoch_seed(self.seed, epoch))
+            order = order[torch.randperm(len(order), generator=generator, device=device)]
+        for start in self._starts():
+            chosen = order[start : start + self.batch_size]
+            images = self.images[chosen]
+            if self.augmentation is not None:
+                images = self.augmentation(images, epoch, chosen, generator)
+            yield images, self.labels[chosen]
+
+
+class CIFAR10DataModule(pl.LightningDataModule):
+    """The recipe's images: the 90:10 split, the statistics of its training part, and its batches.
+
+    On a GPU the whole training set moves there once. The test set is not here: it belongs to `evaluate`.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.set = load(recipe, "train")
+        self.train_indices, self.val_indices = split(self.set.labels, recipe)
+        self.mean, self.std = statistics(self.set.moments[self.train_indices], recipe.normalize)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The class names, in the order of the labels."""
+        return self.set.classes
+
+    def setup(self, stage: str) -> None:
+        device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
+        self.images, self.labels = self.set.images.to(device), self.set.labels.to(device)
+
+    def train_dataloader(self) -> Any:
+        recipe = self.recipe
+        fill = (self.mean * 255).round()
+        augmentation = Augmentation(
+            padding=recipe.crop, flip=recipe.flip, degrees=recipe.rotate, cutout=recipe.cutout, fill=fill
+        )
+        return Batches(
+            self.images,
+            self.labels,
+            self.train_indices.to(self.images.device),
+            recipe.batch_size,
+            seed=recipe.seed,
+            epoch=lambda: self.trainer.current_epoch if self.trainer is not None else 0,
+            augmentation=augmentation if recipe.augment else None,
+        )
+
+    def val_dataloader(self) -> Any:
+        return Batches(self.images, self.labels, self.val_indices.to(self.images.device), EVALUATION_BATCH)
+
+
+EVALUATION_BATCH = 500

@@ -1,0 +1,94 @@
+"""Which precision trains faster on this machine, measured once."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+
+import torch
+import torch.nn.functional as F
+
+from cifar_lab.data import cache_folder
+from cifar_lab.models import build
+from cifar_lab.recipe import Recipe
+
+REPEATS = 5
+
+
+def device() -> torch.device:
+    """The GPU that this process may use, or the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def processor() -> str:
+    """The model of the GPU, or of the CPU with its vector extensions as PyTorch names them."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    try:
+        with open("/proc/cpuinfo") as file:
+            model = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """The recipe with `precision` measured where it is "auto": the faster of 32 and bf16 for this architecture, here.
+
+    The answer is kept in the cache, a line a processor, torch version and network.
+    """
+    if recipe.precision != "auto":
+        return recipe
+    # Without AVX-512 a CPU emulates bf16, hundreds of times slower: not worth the measuring.
+    if device().type == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
+        return recipe.replace(precision="32")
+    place = cache_folder() / "precision.json"
+    network = json.dumps(recipe.network_parameters(), sort_keys=True)
+    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | batch {recipe.batch_size}"
+    try:
+        known = json.loads(place.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if known.get(key) not in ("32", "bf16"):
+        seconds = {precision: step_seconds(recipe, precision) for precision in ("32", "bf16")}
+        known[key] = min(seconds, key=seconds.__getitem__)
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(json.dumps(known, indent=1))
+        except OSError:
+            pass  # it is measured again next time
+    return recipe.replace(precision=known[key])
+
+
+def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, threads: int | None = None) -> float:
+    """Median seconds of a forward and backward pass of the recipe's network over one batch of noise.
+
+    Args:
+        recipe: whose network.
+        precision: 32 or bf16.
+        batch: images, the recipe's batch size where unset.
+        threads: CPU threads, as many as PyTorch takes where unset.
+    """
+    here, batch = device(), batch or recipe.batch_size
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        network = build(recipe, 10).to(here)
+        images, labels = torch.rand(batch, 3, 32, 32, device=here), torch.randint(10, (batch,), device=here)
+        if network.CHANNELS_LAST:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            images = images.contiguous(memory_format=torch.channels_last)
+        seconds = []
+        for _ in range(REPEATS + 1):
+            start = time.perf_counter()
+            with torch.autocast(here.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+                logits = network(images)
+            F.cross_entropy(logits.float(), labels).backward()
+            if here.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[1:])
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,244 @@
+"""Recipe: the one record of what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from cifar_lab import models
+
+
+class InputError(ValueError):
+    """Something impossible was asked for: one paragraph quoting the value and the legal ones (exit status 2)."""
+
+
+class RecipeError(InputError):
+    """A Recipe's field is unknown or its value impossible."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known name closest to `name`, or a full stop when none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else "."
+
+
+def dial(default: Any, legal: str, test: Callable[[Any], bool]) -> Any:
+    """A dataclass field with what is legal, in words and as a test, for `check_fields`."""
+    return field(default=default, metadata={"legal": legal, "test": test})
+
+
+def at_least(low: float, default: Any, unit: str = "") -> Any:
+    """A field whose value may not be below `low`."""
+    return dial(default, f"{low} or more{unit}", lambda v: v >= low)
+
+
+def _positive(default: float) -> Any:
+    return dial(default, "more than 0", lambda v: v > 0)
+
+
+def _fraction(default: float) -> Any:
+    return dial(default, "from 0 up to but not including 1", lambda v: 0 <= v < 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, from which images, how, for how long; every command's flags are these fields.
+
+    Making one checks it: `Recipe(arch="resnet", depth=34)` is an instance of a subclass of Recipe which adds the fields
+    and the defaults that the architecture declares in its own file, so an impossible recipe never exists.
+
+    Args:
+        arch: architecture, a file in cifar_lab/models.
+        dataset: cifar10; folder (train/CLASS/*.png and test/CLASS/*.png of your own); digits (embedded, no download).
+        data_dir: where the images lie; unset: CIFAR_LAB_DATA, else the cache, into which cifar10 is downloaded.
+        limit_train: use only this many images of the training part, stratified; validation stays whole.
+        val_fraction: part of the training set held out for validation, stratified.
+        split_seed: seed of that split.
+        normalize: per-channel mean and std of the training part (train), .5 and .5 (half), or neither (none).
+        augment: whether training images are augmented by crop, flip, rotate and cutout.
+        crop: padding of the random crop, pixels.
+        flip: horizontal flip: none, random (half of the images), alternating (all of them every second epoch).
+        rotate: largest random rotation, degrees.
+        cutout: side of the square blanked with the mean colour, pixels.
+        mixup: alpha of the Beta distribution that mixes pairs of images and labels; 0 is off.
+        cutmix: alpha of the Beta distribution of the area pasted from another image, labels in proportion; 0 is off.
+        label_smoothing: share of the target spread evenly over the classes.
+        optimizer: sgd, adam (L2 in the gradient) or adamw (decoupled decay).
+        lr: peak learning rate.
+        momentum: momentum of sgd; the first beta of adam and adamw.
+        nesterov: Nesterov momentum for sgd.
+        weight_decay: weight decay, per step times lr for adamw, L2 coefficient otherwise.
+        schedule: lr over time after warm-up: none, step (times .1 every lr_step epochs), plateau (times .1 after
+            lr_patience epochs without a better val_loss), cosine and linear (down to 0), onecycle (up for 30% of the
+            run, then down, both cosine; it has its own warm-up).
+        lr_step: epochs between the drops of schedule=step.
+        lr_patience: epochs without improvement before schedule=plateau drops the lr.
+        warmup_epochs: epochs over which the lr rises linearly from 0; fractions allowed.
+        batch_size: images a step.
+        max_epochs: passes over the training part.
+        early_stop_patience: stop after this many epochs without a better val_acc; unset: never.
+        ema: decay a step of the moving average of the weights that is validated and tested; 0 is off.
+        seed: seed of weights, order, augmentation and dropout; the split has its own.
+        precision: 32, or bf16 (autocast); auto measures once which is faster here and writes it into the recipe.
+    """
+
+    arch: str = field(default="resnet")
+    dataset: Literal["cifar10", "folder", "digits"] = "cifar10"
+    data_dir: str | None = None
+    limit_train: int | None = at_least(1, None, " images, or unset")
+    val_fraction: float = dial(0.1, "more than 0 and less than 1", lambda v: 0 < v < 1)
+    split_seed: int = at_least(0, 0)
+    normalize: Literal["train", "half", "none"] = "train"
+    augment: bool = True
+    crop: int = dial(4, "0 to 16 pixels", lambda v: 0 <= v <= 16)
+    flip: Literal["none", "random", "alternating"] = "random"
+    rotate: float = dial(0.0, "0 to 180 degrees", lambda v: 0 <= v <= 180)
+    cutout: int = dial(0, "0 to 32 pixels", lambda v: 0 <= v <= 32)
+    mixup: float = at_least(0, 0.0)
+    cutmix: float = at_least(0, 0.0)
+    label_smoothing: float = _fraction(0.0)
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    lr: float = _positive(0.1)
+    momentum: float = _fraction(0.9)
+    nesterov: bool = False
+    weight_decay: float = at_least(0, 5e-4)
+    schedule: Literal["none", "step", "plateau", "cosine", "onecycle", "linear"] = "none"
+    lr_step: int = at_least(1, 30, " epochs")
+    lr_patience: int = at_least(0, 3, " epochs")
+    warmup_epochs: float = at_least(0, 0.0, " epochs")
+    batch_size: int = at_least(2, 64, " images (batch norm needs two)")
+    max_epochs: int = at_least(1, 30, " epoch")
+    early_stop_patience: int | None = at_least(1, None, " epoch, or unset")
+    ema: float = _fraction(0.0)
+    seed: int = dial(0, "0 to 4294967295", lambda v: 0 <= v < 2**32)
+    precision: Literal["auto", "32", "bf16"] = "auto"
+
+    if TYPE_CHECKING:
+
+        def __init__(self, **fields: Any) -> None: ...
+
+    def __new__(cls, **fields: Any) -> Recipe:
+        if cls is Recipe:
+            cls = recipe_class(fields.get("arch", "resnet"))
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in fields:
+            if name not in known:
+                arch = fields.get("arch", "resnet")
+                own = ", ".join(models.parameters(arch)) or "none"
+                raise RecipeError(
+                    f"{name}: {arch} has no such field{nearest(name, known)} Its own are {own}; every recipe has "
+                    f"{', '.join(f.name for f in dataclasses.fields(Recipe))}."
+                )
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.nesterov and (self.optimizer != "sgd" or not self.momentum):
+            raise RecipeError(
+                f"nesterov: True needs optimizer=sgd and momentum above 0, not {self.optimizer} and {self.momentum}."
+            )
+        if self.mixup and self.cutmix:
+            raise RecipeError(f"mixup: {self.mixup} and cutmix: {self.cutmix}; only one of them may be above 0.")
+        if self.warmup_epochs and self.schedule == "onecycle":
+            raise RecipeError(f"warmup_epochs: {self.warmup_epochs}; schedule=onecycle has its own warm-up; legal: 0.")
+        if self.warmup_epochs >= self.max_epochs:
+            raise RecipeError(f"warmup_epochs: {self.warmup_epochs}; legal: less than max_epochs, {self.max_epochs}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebuild, (self.to_dict(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a flat dict of primitives; `Recipe(**recipe.to_dict()) == recipe`."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Recipe:
+        """The same recipe with some fields changed, checked again; another arch takes only the fields both have."""
+        arch = changes.get("arch", self.arch)
+        if arch == self.arch:
+            return Recipe(**{**self.to_dict(), **changes})
+        known = {f.name for f in dataclasses.fields(recipe_class(arch))}
+        return Recipe(**{**{k: v for k, v in self.to_dict().items() if k in known}, **changes})
+
+    def network_parameters(self) -> dict[str, Any]:
+        """The fields which the architecture itself declares: what its network is made from."""
+        return {name: getattr(self, name) for name in models.parameters(self.arch)}
+
+
+def _rebuild(fields: dict[str, Any]) -> Recipe:
+    return Recipe(**fields)
+
+
+@functools.cache
+def recipe_class(arch: str) -> type[Recipe]:
+    """Recipe with the fields and defaults of one architecture.
+
+    Raises:
+        RecipeError: no file in cifar_lab/models has that name.
+    """
+    if arch not in models.ARCHITECTURES:
+        close = nearest(str(arch), models.ARCHITECTURES)
+        raise RecipeError(f"arch: {arch!r}{close} Legal: {', '.join(models.ARCHITECTURES)}.")
+    network = models.network_class(arch)
+    hints = typing.get_type_hints(network.__init__)
+    own: list[tuple[str, Any, Any]] = []
+    for name, default in models.parameters(arch).items():
+        metadata = {"legal": network.LEGAL[name][0], "test": network.LEGAL[name][1]} if name in network.LEGAL else {}
+        own.append((name, hints[name], field(default=default, metadata=metadata)))
+    inherited = {f.name: f for f in dataclasses.fields(Recipe)}
+    for name, default in {"arch": arch, **network.RECIPE}.items():
+        own.append((name, _hints(Recipe)[name], field(default=default, metadata=inherited[name].metadata)))
+    made = dataclasses.make_dataclass(
+        f"Recipe_{arch}", own, bases=(Recipe,), frozen=True, kw_only=True, namespace={"__module__": __name__}
+    )
+    made.__doc__ = f"{Recipe.__doc__}{models.parameter_docs(arch)}"
+    return made
+
+
+def check_fields(record: Any) -> None:
+    """Bring each field of a frozen dataclass to its own type.
+
+    Raises:
+        RecipeError: quotes the first impossible value, and what would be legal.
+    """
+    hints = _hints(type(record))
+    for f in dataclasses.fields(record):
+        object.__setattr__(record, f.name, _checked(f.name, getattr(record, f.name), hints[f.name], f.metadata))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _checked(name: str, value: Any, hint: Any, metadata: Mapping[str, Any]) -> Any:
+    """`value` as the field's own type, or a RecipeError that quotes it and what would be legal."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = kinds[0]
+    if typing.get_origin(kind) is Literal:
+        choices = typing.get_args(kind)
+        legal = ", ".join(map(str, choices))
+        if value not in choices or isinstance(value, bool):
+            raise RecipeError(f"{name}: {value!r}{nearest(str(value), map(str, choices))} Legal: {legal}.")
+        return value
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    named = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+    legal = metadata.get("legal", "")
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        raise RecipeError(f"{name}: {value!r} is not {named}. Legal: {legal or named}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{name}: {value!r} is not finite. Legal: {legal or named}.")
+    if "test" in metadata and not metadata["test"](value):
+        raise RecipeError(f"{name}: {value!r}. Legal: {legal}.")
+    return value

@@ -1,0 +1,1 @@
+"""Many recipes at once, on Ray."""

@@ -1,0 +1,21 @@
+"""ASHA search of one architecture, to the tested winner; python -m tune.asha."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cifar_lab import cli
+from tune.question import ask
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command; returns its exit status."""
+    question = ask(argv)
+    # Lightning and Ray take seconds to import: not before the question is known to be a legal one.
+    from tune.search import Search
+
+    return Search(question).run()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,146 @@
+"""Ray: a cluster started or joined, and trainings run on it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cifar_lab.recipe import InputError, Recipe
+
+# Ray reads these when it is imported: our own records replace its loggers, and nothing is sent anywhere.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+
+import ray
+import ray.tune
+
+from tune.scheduler import ASHA
+from tune.trial import run_trial
+
+RETRIES = 2  # of a trial that raised or whose worker died; each goes on after its last checkpoint
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training to run: an id, its recipe, the folder of its checkpoints."""
+
+    job_id: str
+    recipe: Recipe
+    folder: Path
+
+
+@contextlib.contextmanager
+def cluster(address: str | None, *, dashboard: bool) -> Iterator[dict[str, float]]:
+    """Join the cluster at `address`, or start one of this machine's processors; gives its resources, CPU and GPU.
+
+    Raises:
+        InputError: no cluster answers at that address.
+    """
+    options: dict[str, Any] = {
+        "include_dashboard": dashboard,
+        "dashboard_host": "127.0.0.1",
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": True,
+    }
+    if address is not None:
+        options = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        ray.init(address=address or "local", **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if address is None:
+            raise
+        reason = str(error).splitlines()[0]
+        raise InputError(f"address: no Ray cluster answers at {address!r} ({reason}). Legal: HOST:PORT, or auto.") from error
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+class _Listener(ray.tune.Callback):
+    """Tells what Ray alone knows: that a trial started, ended by itself, or failed for good."""
+
+    def __init__(self, on_start: Callable[[str], None], on_end: Callable[[str, str], None]) -> None:
+        self.on_start, self.on_end = on_start, on_end
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as in ASHA: Ray's snapshot is never read
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.on_start(trial.config["job"]["job_id"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.on_end(trial.config["job"]["job_id"], "")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        if trial.status == "ERROR":
+            self.on_end(trial.config["job"]["job_id"], cause(trial))
+
+
+def cause(trial: Any) -> str:
+    """Why a trial failed, in one line."""
+    try:
+        error = trial.get_pickled_error() or trial.get_error()
+    except Exception as unreadable:  # the error's own class may not import here
+        error = unreadable
+    error = getattr(error, "cause", None) or error
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    judge: Callable[[str, dict[str, Any]], bool],
+    on_start: Callable[[str], None],
+    on_end: Callable[[str, str], None],
+    cpus: float,
+    gpus: float,
+    concurrent: int,
+    scratch: Path,
+) -> None:
+    """Run the jobs, in order, some at a time; returns when all have ended, or when Ctrl-C ended them.
+
+    Args:
+        jobs: what to run.
+        judge: gets a job's id and its row after every epoch; True stops it.
+        on_start: gets the id of a job that starts.
+        on_end: gets the id of a job that ended, and the error if it failed for good.
+        cpus: cores a job.
+        gpus: GPUs a job.
+        concurrent: how many at once.
+        scratch: Ray's own folder.
+    """
+    configs = [
+        {"job_id": job.job_id, "recipe": job.recipe.to_dict(), "folder": str(job.folder)} for job in jobs
+    ]
+    attempt = len(list(scratch.glob("attempt-*"))) + 1
+    tuner = ray.tune.Tuner(
+        ray.tune.with_resources(run_trial, {"cpu": cpus, "gpu": gpus}),
+        param_space={"job": ray.tune.grid_search(configs)},
+        tune_config=ray.tune.TuneConfig(
+            metric="val_acc",
+            mode="max",
+            scheduler=ASHA(judge),
+            max_concurrent_trials=concurrent,
+            reuse_actors=True,
+            trial_name_creator=lambda trial: str(trial.config["job"]["job_id"]),
+            trial_dirname_creator=lambda trial: str(trial.config["job"]["job_id"]),
+        ),
+        run_config=ray.tune.RunConfig(
+            name=f"attempt-{attempt}",
+            storage_path=str(scratch),
+            verbose=0,
+            failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[_Listener(on_start, on_end)],
+        ),
+    )
+    tuner.fit()

@@ -1,0 +1,194 @@
+"""Experiment: what a search left on disk; trials, curves, winners."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from cifar_lab.recipe import InputError
+from cifar_lab.train import CURVE_COLUMNS, Row, Run, write_csv
+
+Status = Literal["completed", "stopped", "diverged", "failed", "pending"]
+
+
+@dataclass
+class Trial:
+    """A configuration and what became of it."""
+
+    trial_id: str
+    searched: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    status: Status = "pending"
+    reason: str = ""
+
+    @property
+    def best(self) -> Row | None:
+        """The row of the first epoch with the highest val_acc; None before the first epoch."""
+        return max(self.rows, key=lambda row: row["val_acc"], default=None)
+
+    @property
+    def ranked(self) -> bool:
+        """Whether the trial may win: it was measured, and neither diverged, failed nor is still under way."""
+        return self.status in ("completed", "stopped") and bool(self.rows)
+
+    def row(self) -> dict[str, Any]:
+        """The trial's row of trials.csv; the metrics are those of its best epoch."""
+        best = self.best or {}
+        metrics = {
+            "epochs": len(self.rows),
+            **{name: best.get(name) for name in ("val_acc", "val_loss", "val_macro_f1", "train_acc")},
+            "best_epoch": best.get("epoch"),
+            "seconds": sum(row["seconds"] for row in self.rows),
+        }
+        return {"trial_id": self.trial_id, **self.searched, **metrics, "status": self.status, "reason": self.reason}
+
+
+@dataclass(frozen=True)
+class Finalist:
+    """A training of one of the best trials' recipe with a new seed; val_acc 0 marks one that diverged at once."""
+
+    trial_id: str
+    seed: int
+    best_epoch: int
+    val_acc: float
+    seconds: float
+
+
+class Experiment:
+    """A search's folder. `trials.csv` and `curves.csv` are rewritten, atomically, after every epoch.
+
+    Curves are written before trials, so that what a crash leaves can only lack a decision, which is then taken again
+    from the same numbers.
+    """
+
+    def __init__(self, folder: Path, trials: Mapping[str, Mapping[str, Any]]) -> None:
+        self.folder = folder
+        self.trials = {trial_id: Trial(trial_id, dict(searched)) for trial_id, searched in trials.items()}
+        self.finalists: dict[tuple[str, int], Finalist] = {}
+        self._read()
+
+    def _read(self) -> None:
+        """Take over what an earlier run of this search recorded."""
+        for line in read_csv(self.folder / "curves.csv"):
+            if trial := self.trials.get(line["trial_id"]):
+                row = {name: float(line[name]) for name in CURVE_COLUMNS}
+                trial.rows.append({**row, "epoch": int(row["epoch"])})
+        for line in read_csv(self.folder / "trials.csv"):
+            if trial := self.trials.get(line["trial_id"]):
+                trial.status, trial.reason = line["status"], line["reason"]  # type: ignore[assignment]
+        for line in read_csv(self.folder / "finalists.csv"):
+            numbers = int(line["seed"]), int(line["best_epoch"]), float(line["val_acc"]), float(line["seconds"])
+            self.finalists[line["trial_id"], numbers[0]] = Finalist(line["trial_id"], *numbers)
+
+    def record(self, trial_id: str, row: Row) -> None:
+        """Add an epoch's row; one that is known already, repeated by a trial that goes on, changes nothing."""
+        trial = self.trials[trial_id]
+        if not trial.rows or row["epoch"] > trial.rows[-1]["epoch"]:
+            trial.rows.append({name: row[name] for name in CURVE_COLUMNS} | {"epoch": int(row["epoch"])})
+            self.save_curves()
+
+    def conclude(self, trial_id: str, status: Status, reason: str = "") -> None:
+        """Say what became of a trial."""
+        trial = self.trials[trial_id]
+        trial.status, trial.reason = status, reason
+        self.save_trials()
+
+    def save_curves(self) -> None:
+        """Rewrite curves.csv."""
+        rows = [{"trial_id": t.trial_id, **row} for t in self.trials.values() for row in t.rows]
+        write_csv(self.folder / "curves.csv", ("trial_id", *CURVE_COLUMNS), rows)
+
+    def save_trials(self) -> None:
+        """Rewrite trials.csv."""
+        rows = [trial.row() for trial in self.trials.values()]
+        write_csv(self.folder / "trials.csv", list(rows[0]), rows)
+
+    def leaders(self, count: int) -> list[Trial]:
+        """The best trials by val_acc over their whole history, the earlier of two equals first."""
+        ranked = [t for t in self.trials.values() if t.ranked]
+        return sorted(ranked, key=lambda t: -(t.best or {"val_acc": -math.inf})["val_acc"])[:count]
+
+    def pending(self) -> list[str]:
+        """The trials that have not come to an end."""
+        return [t.trial_id for t in self.trials.values() if t.status == "pending"]
+
+    def reopen(self) -> None:
+        """Give failed trials another try, and write down all that is asked for."""
+        for trial in self.trials.values():
+            if trial.status == "failed":
+                trial.status, trial.reason = "pending", ""
+        self.save_trials()
+
+    def add_finalist(self, trial_id: str, run: Run) -> None:
+        """Note a finalist's training; its last checkpoint is not needed any more."""
+        best, seed = run.best, run.recipe.seed
+        reached = run.best_checkpoint.exists()
+        self.finalists[trial_id, seed] = Finalist(
+            trial_id, seed, int(best["epoch"]), best["val_acc"] if reached else 0.0, sum(r["seconds"] for r in run.history)
+        )
+        columns = [f.name for f in fields(Finalist)]
+        write_csv(self.folder / "finalists.csv", columns, [vars(f) for f in self.finalists.values()])
+        (run.folder / "last.ckpt").unlink(missing_ok=True)
+
+    def lineup(self, count: int, seeds: Sequence[int]) -> list[tuple[str, int]]:
+        """The trainings that decide: each of the best `count` trials with each seed, seed by seed."""
+        return [(trial.trial_id, seed) for seed in seeds for trial in self.leaders(count)]
+
+    def trained(self, count: int, seeds: Sequence[int]) -> bool:
+        """Whether all trials have ended and all finalists are trained."""
+        return not self.pending() and all(key in self.finalists for key in self.lineup(count, seeds))
+
+    def finished(self, count: int, seeds: Sequence[int]) -> bool:
+        """Whether nothing is left to do."""
+        failed = any(t.status == "failed" for t in self.trials.values())
+        return not failed and self.trained(count, seeds) and (self.folder / "best.json").exists()
+
+    def winner(self, count: int, seeds: Sequence[int]) -> list[Finalist]:
+        """The finalist trainings of the trial with the highest mean val_acc over the seeds; none if no trial did well."""
+        by_trial: dict[str, list[Finalist]] = {}
+        for key in self.lineup(count, seeds):
+            by_trial.setdefault(key[0], []).append(self.finalists[key])
+        return max(by_trial.values(), key=lambda runs: sum(run.val_acc for run in runs) / len(runs), default=[])
+
+    def checkpoints(self, trial_id: str) -> Path:
+        """The folder of a trial's checkpoints."""
+        return self.folder / "checkpoints" / trial_id
+
+    def tidy(self, keep: int) -> None:
+        """Remove what no one will read again: last checkpoints of ended trials, all of those beyond the best `keep`."""
+        kept = {trial.trial_id for trial in self.leaders(keep)}
+        for trial in self.trials.values():
+            if trial.status in ("completed", "stopped", "diverged"):
+                (self.checkpoints(trial.trial_id) / "last.ckpt").unlink(missing_ok=True)
+                if trial.trial_id not in kept:
+                    shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file as texts; none if it is absent."""
+    try:
+        with path.open(newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        return []
+
+
+def locked(folder: Path) -> FileLock:
+    """Hold the folder for this process.
+
+    Raises:
+        InputError: another search holds it.
+    """
+    lock = FileLock(folder / "ray" / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"--name: another search is running in {folder}. Wait for it, or take another --name.") from None
+    return lock

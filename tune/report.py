@@ -1,0 +1,4 @@
+"""A search's page."""
+from pathlib import Path
+def write_report(folder: Path) -> None:
+    pass

@@ -1,0 +1,337 @@
+"""A search under way: trials, finalists, test, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from cifar_lab import cli, precision
+from cifar_lab.data import CIFAR10DataModule
+from cifar_lab.evaluate import add_test_figures, evaluate
+from cifar_lab.recipe import InputError
+from cifar_lab.report import headline
+from cifar_lab.train import Row, Run, ended_run, finite, write_atomically, write_best
+from tune.cluster import Job, cluster, run_jobs
+from tune.experiment import Experiment, Finalist, Trial, locked
+from tune.plan import checkpoint_bytes, expected_epochs, seconds_per_image, sizes
+from tune.question import Question, question_file
+from tune.report import write_report
+from tune.scheduler import Rungs
+from tune.view import View, duration, settings, size
+
+SEED_STEP = 1000  # a finalist's seeds are the search's seed plus multiples of this: new ones
+
+
+def gpus_here() -> int:
+    """GPUs of this machine."""
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def gpus_per_trial(question: Question, gpus: float) -> float:
+    """What was asked for, or one where there are any."""
+    asked = question.options.gpus_per_trial
+    return min(1.0, gpus) if asked is None else asked
+
+
+def check_resources(question: Question, cpus: float, gpus: float) -> None:
+    """Refuse what the cluster does not have: Ray would wait for it without end.
+
+    Raises:
+        InputError: more CPU cores or GPUs a trial than there are.
+    """
+    for name, asked, there in (
+        ("cpus_per_trial", question.options.cpus_per_trial, cpus),
+        ("gpus_per_trial", gpus_per_trial(question, gpus), gpus),
+    ):
+        if asked > there:
+            raise InputError(f"{name}: {asked:g}. Legal: 0 to {there:g}, which is what there is.")
+
+
+def concurrency(question: Question, cpus: float, gpus: float) -> int:
+    """Trials that the cluster runs at once."""
+    fit = int(cpus // question.options.cpus_per_trial)
+    if share := gpus_per_trial(question, gpus):
+        fit = min(fit, int(gpus // share) if share >= 1 else int(gpus) * int(1 // share))
+    return max(1, min(fit, question.options.max_concurrent or fit))
+
+
+class Search:
+    """A search under way: its question, its record, its view."""
+
+    def __init__(self, question: Question) -> None:
+        if question.earlier is not None:
+            base = question.base.replace(precision=question.earlier["recipe"]["precision"])
+        else:
+            base = precision.resolve(question.base)
+        self.question = dataclasses.replace(question, base=base)
+        self.options, self.folder = question.options, question.folder
+        self.data = CIFAR10DataModule(base)
+        if self.options.address is None:
+            check_resources(question, os.cpu_count() or 1, gpus_here())
+        self.rungs = Rungs(self.options.grace_period, base.max_epochs, self.options.reduction_factor)
+
+    def run(self) -> int:
+        """Search, train the finalists, test the winner, report; returns the exit status."""
+        self.claim()
+        with locked(self.folder):
+            self.experiment = Experiment(self.folder, self.question.configurations())
+            if self.experiment.finished(self.options.finalists, self.seeds()):
+                self.say(f"This search is finished; nothing was changed. {self.result()}")
+                return cli.DONE
+            write_atomically(question_file(self.folder), json.dumps(self.question.to_dict(), indent=1) + "\n")
+            self.experiment.reopen()
+            try:
+                self.train()
+                interrupted = not self.experiment.trained(self.options.finalists, self.seeds())
+                if not interrupted:
+                    self.test()
+            except KeyboardInterrupt:
+                interrupted = True
+            except OSError as error:
+                print(cli.paragraph(f"error: {error}. What was reached is kept."), file=sys.stderr)
+                interrupted = True
+            return self.conclude(interrupted)
+
+    def claim(self) -> None:
+        """Make the search's folder; see that it can be written, and that the disk holds what is to come."""
+        place, needed = self.options.results_dir, self.bytes_needed()
+        try:
+            existed = self.folder.exists()
+            question_file(self.folder).parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder) as probe:
+                probe.write(b"x")
+            free = shutil.disk_usage(self.folder).free
+        except OSError as error:
+            raise InputError(f"results_dir: {place!r} cannot be written ({error.strerror}). Legal: a folder you may write to.") from error
+        if free < needed:
+            if not existed:
+                shutil.rmtree(self.folder)
+            raise InputError(
+                f"results_dir: {place!r} has {size(free)} free, and this search needs about {size(needed)}. "
+                "Free some, name another disk, or take fewer finalists."
+            )
+
+    def seeds(self) -> list[int]:
+        """The finalists' seeds."""
+        return [(self.question.base.seed + SEED_STEP * (i + 1)) % 2**32 for i in range(self.options.finalist_seeds)]
+
+    # What it will take
+
+    def bytes_needed(self) -> int:
+        """Disk: a best and a last checkpoint a running trial, and the best ones that are kept."""
+        best, last = checkpoint_bytes(sizes(self.question.base, self.question.space), len(self.data.classes))
+        at_once = concurrency(self.question, os.cpu_count() or 1, gpus_here())
+        kept = self.options.finalists * (1 + self.options.finalist_seeds)
+        return at_once * (2 * best + 2 * last) + kept * best
+
+    def plan(self) -> str:
+        """What is about to happen, with the time and the disk it should take."""
+        question, options, base = self.question, self.options, self.question.base
+        varied = ", ".join(f"{name} ({domain})" for name, domain in question.space.items()) or "nothing: all fields are fixed"
+        recipes = sizes(base, question.space)
+        images = len(self.data.train_indices)
+        self.epoch_seconds = images * seconds_per_image(recipes, max(1, options.cpus_per_trial))
+        rungs = ", ".join(map(str, self.rungs.values)) or "none"
+        return (
+            f"{base.arch} on {base.dataset}, {images:,} training images: {options.num_samples} trials of at most "
+            f"{base.max_epochs} epochs, ASHA's rungs after epoch {rungs}; then the best {options.finalists} anew with "
+            f"{options.finalist_seeds} seeds each. Searched: {varied}. {self.concurrent} at once, "
+            f"{options.cpus_per_trial} cores and {self.gpus:g} GPUs each. Expected: about {duration(self.seconds_left())}, "
+            f"{size(self.bytes_needed())} of disk at most. Results: {os.path.relpath(self.folder)}."
+        )
+
+    def seconds_left(self) -> float:
+        """Time until the end, from the epochs that were timed so far, or from the first measurement."""
+        trials = list(self.experiment.trials.values())
+        timed = [row["seconds"] for t in trials for row in t.rows[-3:]]
+        each = statistics.mean(timed) if timed else self.epoch_seconds
+        longest = self.question.base.max_epochs
+        mean = expected_epochs(longest, self.options.grace_period, self.options.reduction_factor, len(trials))
+        epochs = sum(max(1.0, mean - len(t.rows)) for t in trials if t.status == "pending")
+        seeds = len(self.seeds())
+        epochs += (self.options.finalists * seeds - len(self.experiment.finalists)) * longest - sum(self.finalist_epochs.values())
+        return max(0.0, epochs) * each / self.concurrent
+
+    # What it does
+
+    def train(self) -> None:
+        """Run what is left of the trials and of the finalists on Ray."""
+        self.finalist_epochs: dict[str, int] = {}
+        with cluster(self.options.address, dashboard=self.question.dashboard) as resources:
+            cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
+            check_resources(self.question, cpus, gpus)
+            self.concurrent, self.gpus = concurrency(self.question, cpus, gpus), gpus_per_trial(self.question, gpus)
+            self.say(self.plan())
+            self.run_trials()
+            if not self.experiment.pending():
+                self.run_finalists()
+
+    def view(self, title: str) -> View:
+        """The live view."""
+        return View(
+            self.experiment, self.seconds_left, list(self.rungs.values), self.question.base.max_epochs, self.question.quiet, title
+        )
+
+    def run_jobs(self, jobs: list[Job], judge: Callable[[str, Row], bool], on_end: Callable[[str, str], None], view: View) -> None:
+        """Run jobs with this search's resources, showing them."""
+        with view:
+            run_jobs(
+                jobs,
+                judge=judge,
+                on_start=view.started,
+                on_end=on_end,
+                cpus=self.options.cpus_per_trial,
+                gpus=self.gpus,
+                concurrent=self.concurrent,
+                scratch=self.folder / "ray",
+            )
+
+    def run_trials(self) -> None:
+        """Run the trials that are still pending, ASHA stopping them."""
+        experiment = self.experiment
+        for trial in experiment.trials.values():
+            self.rungs.enter(trial.trial_id, [(int(row["epoch"]), score(row)) for row in trial.rows])
+        jobs = [
+            Job(trial_id, self.question.recipe(trial_id), experiment.checkpoints(trial_id))
+            for trial_id in experiment.pending()
+        ]
+        view = self.view("search")
+
+        def judge(trial_id: str, row: Row) -> bool:
+            view.heard(trial_id, row)
+            experiment.record(trial_id, row)
+            if not finite(row):
+                reason = f"epoch {row['epoch']:.0f}: train_loss {row['train_loss']:.4g}, val_loss {row['val_loss']:.4g}"
+                experiment.conclude(trial_id, "diverged", reason)
+                return False  # it ends by itself
+            decision = self.rungs.decide(trial_id, int(row["epoch"]), score(row))
+            if decision.stop:
+                experiment.conclude(trial_id, "stopped", str(decision))
+            else:
+                experiment.save_trials()
+            return decision.stop
+
+        def on_end(trial_id: str, error: str) -> None:
+            trial = experiment.trials[trial_id]
+            if error:
+                experiment.conclude(trial_id, "failed", error)
+            elif trial.status == "pending" and trial.rows and (ending := self.ending(trial)):
+                experiment.conclude(trial_id, "completed", ending)
+            experiment.tidy(self.options.finalists)
+            view.ended(trial_id, f"{trial.status} {trial.reason}".rstrip())
+
+        if jobs:
+            self.run_jobs(jobs, judge, on_end, view)
+
+    def ending(self, trial: Trial) -> str:
+        """Why a trial that was not stopped came to its end; empty if it did not."""
+        epochs, patience = len(trial.rows), self.question.base.early_stop_patience
+        if epochs >= self.question.base.max_epochs:
+            return "all epochs"
+        best = trial.best
+        if patience is not None and best is not None and epochs - best["epoch"] >= patience:
+            return f"no better val_acc for {patience} epochs"
+        return ""
+
+    def run_finalists(self) -> None:
+        """Train the best trials anew, from scratch, each with new seeds, without stopping any."""
+        experiment = self.experiment
+        jobs = {}
+        for key in experiment.lineup(self.options.finalists, self.seeds()):
+            if key not in experiment.finalists:
+                recipe = self.question.recipe(key[0]).replace(seed=key[1])
+                jobs[finalist_id(*key)] = Job(finalist_id(*key), recipe, experiment.checkpoints(finalist_id(*key)))
+        view = self.view(f"{len(jobs)} finalist trainings")
+
+        def judge(job_id: str, row: Row) -> bool:
+            view.heard(job_id, row)
+            self.finalist_epochs[job_id] = int(row["epoch"])
+            return False
+
+        def on_end(job_id: str, error: str) -> None:
+            self.finalist_epochs.pop(job_id, None)
+            job = jobs[job_id]
+            run = ended_run(job.folder)
+            if run is not None and not error:
+                experiment.add_finalist(job_id.partition("-")[0], run)
+            view.ended(job_id, error or (f"val_acc {run.best['val_acc']:.4f}" if run else "interrupted"))
+
+        if jobs:
+            self.run_jobs(list(jobs.values()), judge, on_end, view)
+
+    def test(self) -> None:
+        """Choose the winner by mean val_acc over the seeds; only its checkpoints are then read on test, once each."""
+        winner = self.experiment.winner(self.options.finalists, self.seeds())
+        answers = {}
+        for finalist in winner:
+            checkpoint = self.experiment.checkpoints(finalist_id(finalist.trial_id, finalist.seed)) / "best.ckpt"
+            if checkpoint.exists():
+                answers[finalist] = evaluate(checkpoint, data_dir=self.question.base.data_dir)
+        if not answers:
+            return
+        best = max(answers, key=lambda finalist: finalist.val_acc)
+        recipe = self.question.recipe(best.trial_id).replace(seed=best.seed)
+        run = Run(recipe, self.experiment.checkpoints(finalist_id(best.trial_id, best.seed)))
+        run.history.append({"epoch": best.best_epoch, "val_acc": best.val_acc})
+        write_best(self.folder, run, trial_id=best.trial_id, command=self.question.command)
+        add_test_figures(self.folder, answers[best], [answer.accuracy for answer in answers.values()])
+
+    # What it says
+
+    def conclude(self, interrupted: bool) -> int:
+        """Write the report, say what came out and how to go on; returns the exit status."""
+        failed = [t for t in self.experiment.trials.values() if t.status == "failed"]
+        try:
+            if any(t.rows for t in self.experiment.trials.values()):
+                write_report(self.folder)
+        except OSError as error:
+            print(cli.paragraph(f"error: {error}. The report could not be written."), file=sys.stderr)
+        for reason, count in Counter(t.reason for t in failed).most_common():
+            print(cli.paragraph(f"{count} of {len(self.experiment.trials)} trials failed: {reason}"), file=sys.stderr)
+        self.say(self.result(), always=True)
+        if interrupted or failed or not (self.folder / "best.json").exists():
+            print("Not all is done; what was reached is kept. To go on:")
+            print(self.question.resume_command)
+            return cli.FAILED
+        return cli.DONE
+
+    def result(self) -> str:
+        """What the search found, in a paragraph."""
+        place = self.folder / "best.json"
+        if not place.exists():
+            leaders = self.experiment.leaders(1)
+            best = leaders[0].best if leaders else None
+            return "No trial has ended yet." if best is None else f"Best so far: {leaders[0].trial_id}, val_acc {best['val_acc']:.4f}."
+        found = json.loads(place.read_text())
+        recipe = self.question.recipe(found["trial_id"])
+        chosen = settings({name: getattr(recipe, name) for name in self.question.space})
+        return (
+            f"Winner: {found['trial_id']} ({chosen or 'as given'}). {headline(found)} "
+            f"Report: {os.path.relpath(self.folder / 'report.html')}"
+        )
+
+    def say(self, text: str, *, always: bool = False) -> None:
+        """Print a paragraph, unless --quiet."""
+        if always or not self.question.quiet:
+            print(cli.paragraph(text), flush=True)
+
+
+def finalist_id(trial_id: str, seed: int) -> str:
+    """The id of a finalist's training."""
+    return f"{trial_id}-s{seed}"
+
+
+def score(row: Row) -> float:
+    """What ASHA compares: val_acc, or nothing at all for a diverged epoch."""
+    return row["val_acc"] if finite(row) else 0.0

@@ -1,0 +1,133 @@
+"""The live view of a search: a table that updates on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from cifar_lab.train import Row
+from tune.experiment import Experiment, Trial
+
+SHOWN = 12
+STYLES = {"completed": "green", "diverged": "red", "failed": "red", "stopped": "dim", "pending": ""}
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 45 s, 12:05 min or 3:07 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes < 100 else f"{minutes // 60}:{minutes % 60:02d} h"
+
+
+def size(count: float) -> str:
+    """Bytes in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+@dataclass
+class View:
+    """Shows the experiment while `with` holds: one redrawn table, or a line an ended trial where no terminal listens."""
+
+    experiment: Experiment
+    seconds_left: Callable[[], float]
+    milestones: list[int]
+    max_epochs: int
+    quiet: bool = False
+    title: str = "search"
+    running: list[str] = field(default_factory=list)
+    latest: dict[str, Row] = field(default_factory=dict)
+    start: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.console = Console(quiet=self.quiet, highlight=False)
+        self.live: Live | None = None
+
+    def __enter__(self) -> View:
+        if self.console.is_terminal and not self.quiet:
+            self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
+            self.live.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.live is not None:
+            self.live.__exit__(kind, error, trace)
+            self.console.print(self.render())
+
+    def started(self, job: str) -> None:
+        """A job has started, or started again."""
+        if job not in self.running:
+            self.running.append(job)
+
+    def heard(self, job: str, row: Row) -> None:
+        """A running job has ended an epoch."""
+        self.latest[job] = row
+
+    def ended(self, job: str, text: str) -> None:
+        """A job has ended, for the reason in the text."""
+        if job in self.running:
+            self.running.remove(job)
+        if self.live is None:
+            self.console.print(f"{self.summary()} | {job} {text}", soft_wrap=True)
+
+    def summary(self) -> str:
+        """The state in one line: ended, running, best so far, time gone and left."""
+        trials = self.experiment.trials.values()
+        ended = sum(t.status != "pending" for t in trials)
+        parts = [f"{ended}/{len(self.experiment.trials)} trials"]
+        if self.title != "search":
+            parts = [self.title]
+        if leaders := self.experiment.leaders(1):
+            best = leaders[0].best or {}
+            parts.append(f"best val_acc {best['val_acc']:.4f} ({leaders[0].trial_id}, epoch {best['epoch']:.0f})")
+        parts.append(f"{duration(time.monotonic() - self.start)}, about {duration(self.seconds_left())} left")
+        return ", ".join(parts)
+
+    def render(self) -> Group:
+        """The summary above the table: running jobs first, then the best of those ended."""
+        table = Table(box=None, pad_edge=False, expand=False, padding=(0, 2, 0, 0))
+        for name in ("trial", "epoch", "next rung", "val_acc", "best", "state"):
+            table.add_column(name, justify="right" if name in ("epoch", "next rung", "val_acc", "best") else "left", no_wrap=True)
+        table.add_column("settings", overflow="ellipsis", no_wrap=True)
+        for job in sorted(self.running):
+            trial = self.experiment.trials.get(job)
+            table.add_row(*self._cells(job, trial, self.latest.get(job)), style="bold")
+        ranked = self.experiment.leaders(SHOWN)
+        others = [t for t in self.experiment.trials.values() if t.status in ("diverged", "failed")]
+        for trial in (ranked + others)[: max(0, SHOWN - len(self.running))]:
+            if trial.trial_id not in self.running:
+                table.add_row(*self._cells(trial.trial_id, trial, trial.rows[-1] if trial.rows else None), style=STYLES[trial.status])
+        return Group(Text(self.summary(), no_wrap=True, overflow="ellipsis"), table)
+
+    def _cells(self, job: str, trial: Trial | None, row: Row | None) -> list[str]:
+        epoch = int(row["epoch"]) if row else 0
+        rung = next((m for m in self.milestones if m > epoch), None)
+        best = trial.best if trial else None
+        running = job in self.running
+        return [
+            job,
+            f"{epoch}/{self.max_epochs}",
+            (str(rung) if rung else "end") if running else "",
+            f"{row['val_acc']:.4f}" if row else "",
+            f"{best['val_acc']:.4f}" if best else "",
+            "running" if running else trial.status if trial else "",
+            settings(trial.searched) if trial else "",
+        ]
+
+
+def settings(searched: dict[str, Any]) -> str:
+    """A configuration in few characters: 'lr=0.0039 optimizer=sgd ...', the lr first."""
+    ordered = sorted(searched.items(), key=lambda item: (item[0] != "lr", item[0]))
+    return " ".join(f"{name}={value}" for name, value in ordered)
