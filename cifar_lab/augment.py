@@ -1,7 +1,7 @@
 """Augmentation: batch-to-batch transforms, each sample with its own randomness, on the batch's own device.
 
-The transforms say what happens to whom; `Augmentation` draws it. Batches are (N, C, H, W) in any dtype; what is drawn is
-one number a sample, so that a transform can be checked against the same done to one image at a time.
+The transforms say what happens to whom; `Augmentation` draws it. Batches are (N, C, H, W) in any dtype; what is drawn
+is one number a sample, so that a transform can be checked against the same done to one image at a time.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def cutout(images: Tensor, y: Tensor, x: Tensor, side: int, fill: Tensor) -> Ten
 
 
 def mixup(images: Tensor, targets: Tensor, partner: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """Blend each image, float, and its target, (N, K) probabilities, with its partner's: `share`, (N,), is its own part.
+    """Blend each image, float, and target, (N, K) probabilities, with its partner's; `share`, (N,), is its own part.
 
     Source: Zhang et al. 2018. Deviation: a share a sample instead of one a batch.
     """
@@ -64,7 +64,7 @@ def mixup(images: Tensor, targets: Tensor, partner: Tensor, share: Tensor) -> tu
 def cutmix(
     images: Tensor, targets: Tensor, partner: Tensor, y: Tensor, x: Tensor, share: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Paste from the partner a rectangle centred on (y, x) whose area is 1 - `share` before it is clipped at the border.
+    """Paste from the partner a rectangle centered on (y, x), of area 1 - `share` before it is clipped at the border.
 
     The targets, (N, K) probabilities, are mixed by the area that was really pasted.
 

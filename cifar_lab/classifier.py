@@ -44,6 +44,9 @@ class ImageClassifier(pl.LightningModule):
 
     mean: Tensor
     std: Tensor
+    train_sums: Tensor
+    val_loss_sum: Tensor
+    confusion: Tensor
 
     def __init__(
         self, recipe: dict[str, Any], classes: Sequence[str], mean: Sequence[float], std: Sequence[float]
@@ -59,9 +62,8 @@ class ImageClassifier(pl.LightningModule):
             self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.averaged: AveragedModel | None = None
         if self.recipe.ema:
-            self.averaged = AveragedModel(
-                self.network, multi_avg_fn=get_ema_multi_avg_fn(self.recipe.ema), use_buffers=True
-            )
+            decay = get_ema_multi_avg_fn(self.recipe.ema)  # type: ignore[no-untyped-call]
+            self.averaged = AveragedModel(self.network, multi_avg_fn=decay, use_buffers=True)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.metrics: dict[str, float] = {}
@@ -78,7 +80,7 @@ class ImageClassifier(pl.LightningModule):
         return images.contiguous(memory_format=torch.channels_last) if self.network.CHANNELS_LAST else images
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, 32, 32), uint8 or float in 0..1, to logits (N, C), by the averaged weights where there are any."""
+        """Images (N, 3, 32, 32), uint8 or float in 0..1, to logits (N, C); by the averaged weights, if any."""
         network = self.averaged if self.averaged is not None else self.network
         logits: Tensor = network(self.normalise(images)).float()
         return logits
@@ -86,7 +88,7 @@ class ImageClassifier(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         # Dropout and mixing draw from the global generator: a function of (seed, epoch) too.
         torch.manual_seed(epoch_seed(self.recipe.seed ^ 0xD20, self.current_epoch))
-        self.train_sums.zero_()  # type: ignore[operator]
+        self.train_sums.zero_()
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
@@ -123,8 +125,8 @@ class ImageClassifier(pl.LightningModule):
             self.averaged.update_parameters(self.network)
 
     def on_validation_epoch_start(self) -> None:
-        self.val_loss_sum.zero_()  # type: ignore[operator]
-        self.confusion.zero_()  # type: ignore[operator]
+        self.val_loss_sum.zero_()
+        self.confusion.zero_()
 
     def validation_step(self, batch: tuple[Tensor, Tensor]) -> None:
         images, labels = batch
@@ -135,11 +137,11 @@ class ImageClassifier(pl.LightningModule):
         self.confusion += cells.view(counts, counts)
 
     def on_validation_epoch_end(self) -> None:
-        n = int(self.confusion.sum())  # type: ignore[operator]
+        n = int(self.confusion.sum())
         self._publish(
-            val_loss=float(self.val_loss_sum) / n,  # type: ignore[arg-type]
-            val_acc=int(self.confusion.diagonal().sum()) / n,  # type: ignore[operator]
-            val_macro_f1=float(macro_f1(self.confusion)),  # type: ignore[arg-type]
+            val_loss=float(self.val_loss_sum) / n,
+            val_acc=int(self.confusion.diagonal().sum()) / n,
+            val_macro_f1=float(macro_f1(self.confusion)),
         )
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, ReduceLROnPlateau):
@@ -151,7 +153,7 @@ class ImageClassifier(pl.LightningModule):
             scheduler.step()
 
     def on_train_epoch_end(self) -> None:
-        loss, hits, n = self.train_sums.tolist()  # type: ignore[operator]
+        loss, hits, n = self.train_sums.tolist()
         self._publish(train_loss=loss / n, train_acc=hits / n)
 
     def _publish(self, **metrics: float) -> None:

@@ -112,7 +112,9 @@ def _arch_in(path: str) -> str | None:
     try:
         content = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise InputError(f"--config: {path!r} cannot be read ({error.strerror}). Legal: a YAML file of fields.") from error
+        raise InputError(
+            f"--config: {path!r} cannot be read ({error.strerror}). Legal: a YAML file of fields."
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config: {path!r} is no YAML file ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict):
@@ -143,5 +145,3 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """Run a command's `main` on this process's words and exit with its status."""
     with exit_status():
         sys.exit(main(sys.argv[1:]))
-
-

@@ -72,7 +72,8 @@ def load(recipe: Recipe, part: Part) -> ImageSet:
         classes = tuple(json.loads((folder / "classes.json").read_text()))
     except (OSError, ValueError) as error:
         raise DataError(f"The decoded images in {folder} are unreadable ({error}). Delete that folder.") from error
-    return ImageSet(*arrays, classes)
+    images, labels, moments = arrays
+    return ImageSet(images, labels, moments, classes)
 
 
 def _decode_into(folder: Path, decode: Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]) -> None:
@@ -98,19 +99,23 @@ def _decode_into(folder: Path, decode: Callable[[], tuple[np.ndarray, np.ndarray
         raise
     except OSError as error:
         raise DataError(
-            f"The cache {folder.parent} cannot be written ({error.strerror or error}); name another place with XDG_CACHE_HOME."
+            f"The cache {folder.parent} cannot be written ({error.strerror or error}); name another "
+            "with XDG_CACHE_HOME."
         ) from error
 
 
-def _source(recipe: Recipe, part: Part) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+def _source(
+    recipe: Recipe, part: Part
+) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
     """The files that a part consists of, and what decodes them."""
     if recipe.dataset == "digits":
         return [], lambda: _digits(part)
     place = recipe.data_dir or os.environ.get("CIFAR_LAB_DATA")
     flag = "--data_dir" if recipe.data_dir else "CIFAR_LAB_DATA"
     ways = (
-        "Three ways out: leave --data_dir and CIFAR_LAB_DATA unset, and cifar10 is downloaded; name a folder that holds "
-        "cifar-10-python.tar.gz, or train/CLASS/ and test/CLASS/ with images; or take the embedded --dataset digits."
+        "Three ways out: leave --data_dir and CIFAR_LAB_DATA unset, and cifar10 is downloaded; name a folder "
+        "that holds cifar-10-python.tar.gz, or train/CLASS/ and test/CLASS/ with images; or take the embedded "
+        "--dataset digits."
     )
     if place and not Path(place).is_dir():
         raise DataError(f"{flag}: {place!r} is no folder. {ways}")
@@ -170,7 +175,9 @@ def _tree(dataset: str, root: Path) -> tuple[list[Path], Callable[[], tuple[np.n
                 raise DataError(f"{file} is not a readable image ({error}). Mend or remove it.") from error
             if image.size != (SIDE, SIDE):
                 if dataset == "cifar10":
-                    raise DataError(f"{file} is {image.size[0]}x{image.size[1]}, cifar10's images are 32x32. Take --dataset folder.")
+                    raise DataError(
+                        f"{file} is {image.size[0]}x{image.size[1]}, cifar10's images are 32x32. Take --dataset folder."
+                    )
                 image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
             images[i] = np.asarray(image).transpose(2, 0, 1)
         return images, np.array(labels, np.int64), tuple(classes)
@@ -211,7 +218,9 @@ def _stratified(indices: np.ndarray, labels: np.ndarray, first: int | float, see
     from sklearn.model_selection import train_test_split
 
     try:
-        halves: list[np.ndarray] = train_test_split(indices, train_size=first, stratify=labels[indices], random_state=seed)
+        halves: list[np.ndarray] = train_test_split(
+            indices, train_size=first, stratify=labels[indices], random_state=seed
+        )
     except ValueError as error:
         counts = np.bincount(labels[indices])
         raise DataError(
@@ -229,12 +238,20 @@ def split(labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """
     classes = labels.numpy()
     train, validation = _stratified(
-        np.arange(len(classes)), classes, 1 - recipe.val_fraction, recipe.split_seed, f"val_fraction: {recipe.val_fraction}"
+        np.arange(len(classes)),
+        classes,
+        1 - recipe.val_fraction,
+        recipe.split_seed,
+        f"val_fraction: {recipe.val_fraction}",
     )
     if recipe.limit_train is not None and recipe.limit_train != len(train):
         if recipe.limit_train > len(train):
-            raise DataError(f"limit_train: {recipe.limit_train}. Legal: 1 to {len(train)}, the images of the training part.")
-        train, _ = _stratified(train, classes, recipe.limit_train, recipe.split_seed, f"limit_train: {recipe.limit_train}")
+            raise DataError(
+                f"limit_train: {recipe.limit_train}. Legal: 1 to {len(train)}, the images of the training part."
+            )
+        train, _ = _stratified(
+            train, classes, recipe.limit_train, recipe.split_seed, f"limit_train: {recipe.limit_train}"
+        )
     return torch.from_numpy(train), torch.from_numpy(validation)
 
 

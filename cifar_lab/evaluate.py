@@ -73,7 +73,16 @@ class Evaluation:
         for name, counts, i in zip(self.classes, self.confusion(), range(len(self.classes)), strict=True):
             n, correct = int(counts.sum()), int(counts[i])
             low, high = wilson(correct, n) if n else (0.0, 1.0)
-            rows.append({"class": name, "n": n, "correct": correct, "accuracy": correct / n if n else None, "low": low, "high": high})
+            rows.append(
+                {
+                    "class": name,
+                    "n": n,
+                    "correct": correct,
+                    "accuracy": correct / n if n else None,
+                    "low": low,
+                    "high": high,
+                }
+            )
         return rows
 
     def write(self, folder: Path) -> None:
@@ -85,8 +94,15 @@ class Evaluation:
             folder / "test_predictions.csv",
             ("index", "label", "prediction", *columns),
             [
-                {"index": i, "label": int(label), "prediction": int(said), **dict(zip(columns, map(float, p), strict=True))}
-                for i, (label, said, p) in enumerate(zip(self.labels, self.predictions, self.probabilities, strict=True))
+                {
+                    "index": i,
+                    "label": int(label),
+                    "prediction": int(said),
+                    **dict(zip(columns, map(float, p), strict=True)),
+                }
+                for i, (label, said, p) in enumerate(
+                    zip(self.labels, self.predictions, self.probabilities, strict=True)
+                )
             ],
         )
         write_csv(folder / "per_class.csv", ("class", "n", "correct", "accuracy", "low", "high"), self.per_class())
@@ -172,7 +188,7 @@ def main(argv: Sequence[str]) -> int:
         best = add_test_figures(output, result, [result.accuracy])
     except OSError as error:
         raise InputError(f"--output: {str(output)!r} cannot be written ({error.strerror}).") from error
-    from cifar_lab.report import write_report
+    from cifar_lab.report import headline, write_report
 
     write_report(output)
     if asked.quiet:
@@ -180,7 +196,7 @@ def main(argv: Sequence[str]) -> int:
         return cli.DONE
     for row in result.per_class():
         print(f"{row['class']:>12}  {row['accuracy']:7.1%}  of {row['n']:,} ({row['low']:.1%} .. {row['high']:.1%})")
-    print(f"test accuracy {result.accuracy:.2%} of {len(result.labels):,} ({best['test_low']:.2%} .. {best['test_high']:.2%})")
+    print(headline(best))
     print(f"{os.path.relpath(output)}/report.html")
     return cli.DONE
 

@@ -24,12 +24,12 @@ def optimizer(recipe: Recipe, parameters: Iterable[Parameter]) -> Optimizer:
         return torch.optim.SGD(
             trained, recipe.lr, momentum=recipe.momentum, nesterov=recipe.nesterov, weight_decay=recipe.weight_decay
         )
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    kind: type[torch.optim.Adam] = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(trained, recipe.lr, betas=(recipe.momentum, 0.999), weight_decay=recipe.weight_decay)
 
 
 def lr_factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
-    """What the peak lr is multiplied by at a step, counted from 0; plateau, which looks at results, is not among these."""
+    """What the peak lr is multiplied by at a step, counted from 0; plateau looks at results, and is not among these."""
     total = recipe.max_epochs * steps_per_epoch
     warm = round(recipe.warmup_epochs * steps_per_epoch)
 

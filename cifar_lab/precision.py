@@ -85,7 +85,7 @@ def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, th
             start = time.perf_counter()
             with torch.autocast(here.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 logits = network(images)
-            F.cross_entropy(logits.float(), labels).backward()
+            F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
             if here.type == "cuda":
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cifar_lab import cli
+from tune import resources
 from tune.question import ask
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns its exit status."""
     question = ask(argv)
+    if question.options.address is None:
+        resources.per_trial(question.options, resources.here())
     # Lightning and Ray take seconds to import: not before the question is known to be a legal one.
     from tune.search import Search
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+# A trial stays in the driver's folder, so that a relative --data_dir means the same there.
+os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
 import ray
 import ray.tune
@@ -36,9 +39,35 @@ class Job:
     folder: Path
 
 
+@dataclass(frozen=True)
+class Joined:
+    """A cluster in use: its resources, CPU and GPU among them, and HOST:PORT of its dashboard, if that is served."""
+
+    resources: dict[str, float]
+    dashboard: str
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for many minutes.
+
+    Raises:
+        InputError: no such address, or no answer within five seconds.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    legal = "Legal: HOST:PORT of a running cluster, or auto."
+    if not host or not port.isdigit():
+        raise InputError(f"address: {address!r}. {legal}")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"address: no Ray cluster answers at {address!r} ({error}). {legal}") from error
+
+
 @contextlib.contextmanager
-def cluster(address: str | None, *, dashboard: bool) -> Iterator[dict[str, float]]:
-    """Join the cluster at `address`, or start one of this machine's processors; gives its resources, CPU and GPU.
+def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
+    """Join the cluster at `address`, or start one of this machine's processors, which ends with the block.
 
     Raises:
         InputError: no cluster answers at that address.
@@ -51,16 +80,22 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[dict[str, float
         "configure_logging": True,
     }
     if address is not None:
+        check_address(address)
         options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
-        ray.init(address=address or "local", **options)
+        context = ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if address is None:
             raise
         reason = str(error).splitlines()[0]
-        raise InputError(f"address: no Ray cluster answers at {address!r} ({reason}). Legal: HOST:PORT, or auto.") from error
+        raise InputError(
+            f"address: no Ray cluster answers at {address!r} ({reason}). Legal: HOST:PORT, or auto."
+        ) from error
     try:
-        yield ray.cluster_resources()
+        yield Joined(
+            ray.cluster_resources(),  # type: ignore[no-untyped-call]
+            context.dashboard_url or "" if dashboard else "",
+        )
     finally:
         ray.shutdown()
 
@@ -102,8 +137,7 @@ def run_jobs(
     judge: Callable[[str, dict[str, Any]], bool],
     on_start: Callable[[str], None],
     on_end: Callable[[str, str], None],
-    cpus: float,
-    gpus: float,
+    takes: dict[str, float],
     concurrent: int,
     scratch: Path,
 ) -> None:
@@ -114,17 +148,14 @@ def run_jobs(
         judge: gets a job's id and its row after every epoch; True stops it.
         on_start: gets the id of a job that starts.
         on_end: gets the id of a job that ended, and the error if it failed for good.
-        cpus: cores a job.
-        gpus: GPUs a job.
+        takes: CPU and GPU a job.
         concurrent: how many at once.
         scratch: Ray's own folder.
     """
-    configs = [
-        {"job_id": job.job_id, "recipe": job.recipe.to_dict(), "folder": str(job.folder)} for job in jobs
-    ]
+    configs = [{"job_id": job.job_id, "recipe": job.recipe.to_dict(), "folder": str(job.folder)} for job in jobs]
     attempt = len(list(scratch.glob("attempt-*"))) + 1
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(run_trial, {"cpu": cpus, "gpu": gpus}),
+        ray.tune.with_resources(run_trial, {"cpu": takes["CPU"], "gpu": takes["GPU"]}),
         param_space={"job": ray.tune.grid_search(configs)},
         tune_config=ray.tune.TuneConfig(
             metric="val_acc",

@@ -131,7 +131,11 @@ class Experiment:
         best, seed = run.best, run.recipe.seed
         reached = run.best_checkpoint.exists()
         self.finalists[trial_id, seed] = Finalist(
-            trial_id, seed, int(best["epoch"]), best["val_acc"] if reached else 0.0, sum(r["seconds"] for r in run.history)
+            trial_id,
+            seed,
+            int(best["epoch"]),
+            best["val_acc"] if reached else 0.0,
+            sum(r["seconds"] for r in run.history),
         )
         columns = [f.name for f in fields(Finalist)]
         write_csv(self.folder / "finalists.csv", columns, [vars(f) for f in self.finalists.values()])
@@ -151,7 +155,7 @@ class Experiment:
         return not failed and self.trained(count, seeds) and (self.folder / "best.json").exists()
 
     def winner(self, count: int, seeds: Sequence[int]) -> list[Finalist]:
-        """The finalist trainings of the trial with the highest mean val_acc over the seeds; none if no trial did well."""
+        """The finalist trainings of the trial with the highest mean val_acc over the seeds; none without a finalist."""
         by_trial: dict[str, list[Finalist]] = {}
         for key in self.lineup(count, seeds):
             by_trial.setdefault(key[0], []).append(self.finalists[key])
@@ -190,5 +194,7 @@ def locked(folder: Path) -> FileLock:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise InputError(f"--name: another search is running in {folder}. Wait for it, or take another --name.") from None
+        raise InputError(
+            f"--name: another search is running in {folder}. Wait for it, or take another --name."
+        ) from None
     return lock

@@ -52,7 +52,8 @@ def checkpoint_bytes(recipes: Sequence[Recipe], num_classes: int) -> tuple[int, 
     from cifar_lab.models import build
 
     weights = max(
-        sum(t.numel() * t.element_size() for t in build(recipe, num_classes).state_dict().values()) for recipe in recipes
+        sum(t.numel() * t.element_size() for t in build(recipe, num_classes).state_dict().values())
+        for recipe in recipes
     )
     average = weights if recipes[0].ema else 0
     return weights + average, weights * (1 + max(OPTIMIZER_COPIES.values())) + average

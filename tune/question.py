@@ -62,7 +62,7 @@ class SearchOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is searched: `base` is what all trials share, `space` what they vary; `earlier` is the search gone on with."""
+    """What is searched: `base` is what trials share, `space` what they vary; `earlier`, a search to go on with."""
 
     options: SearchOptions
     base: Recipe

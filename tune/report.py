@@ -1,4 +1,143 @@
-"""A search's page."""
+"""A search's page, report.html; python -m tune.report DIR."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from cifar_lab import cli, plots
+from cifar_lab import report as run_report
+from cifar_lab.recipe import InputError
+from cifar_lab.report import note, percent, picture, section, table
+from cifar_lab.train import write_atomically
+from tune.space import SPACES, LogUniform
+
+
+def searched(trials: pd.DataFrame) -> list[str]:
+    """The searched fields: what stands between trial_id and epochs in trials.csv."""
+    columns = list(trials.columns)
+    return columns[1 : columns.index("epochs")]
+
+
+def edges(recipe: dict[str, Any], fields: Sequence[str]) -> list[str]:
+    """A warning for each searched field whose value in the recipe sits on the edge of its range."""
+    space = SPACES[recipe["arch"]].search
+    sides = {name: space[name].at_edge(recipe[name]) for name in fields if name in space}
+    return [
+        f"{name} {recipe[name]:g} sits on the {side} edge of its range ({space[name]}): better values may lie beyond."
+        for name, side in sides.items()
+        if side
+    ]
+
+
+def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) -> str:
+    """Which settings won, against which other finalists, and whether they sit on an edge."""
+    finalists = pd.read_csv(folder / "finalists.csv", dtype={"trial_id": str})
+    groups = finalists.groupby("trial_id").val_acc
+    rows = [
+        (str(trial), percent(values.mean(), 2), percent(values.std(ddof=1), 2) if len(values) > 1 else "", len(values))
+        for trial, values in sorted(groups, key=lambda group: -group[1].mean())
+    ]
+    seeds = ", ".join(percent(accuracy, 2) for accuracy in best["test_acc_seeds"])
+    settings = table([(name, str(best["recipe"][name])) for name in fields], ("field", "value")) if fields else ""
+    return section(
+        f"Winner: {best['trial_id']}",
+        settings,
+        "".join(f"<p><strong>{text}</strong></p>" for text in edges(best["recipe"], fields)),
+        note(
+            "The best trials by val_acc were trained anew from scratch with new seeds; the highest mean val_acc wins, "
+            f"and only its checkpoints were read on the test set, once each: {seeds}."
+        ),
+        table(rows, ("finalist", "mean val_acc", "std (ddof 1)", "seeds")),
+    )
+
+
+def trial_sections(
+    folder: Path, trials: pd.DataFrame, fields: Sequence[str], arch: str, max_epochs: int, winner: str
+) -> list[str]:
+    """What the trials' settings did, and what stopping them saved."""
+    measured = trials[trials.epochs > 0]
+    counts = ", ".join(f"{n} {status}" for status, n in trials.status.value_counts().items())
+    rungs = sorted({int(r) for reason in trials.reason.dropna() for r in re.findall(r"^rung (\d+)", reason)})
+    trained, full = int(trials.epochs.sum()), len(trials) * max_epochs
+    saved = percent(1 - trained / full, 0)
+    plots.save(plots.stops(trials.epochs.tolist(), rungs, max_epochs), folder / "figures" / "stops.png")
+    sections = [
+        section(
+            "What stopping saved",
+            picture(folder / "figures" / "stops.png", "Trials under way after each epoch; rungs dashed"),
+            note(f"{trained:,} epochs of the {full:,} that running all would take: {saved} saved. {counts}."),
+        )
+    ]
+    if fields and len(measured):
+        space = SPACES[arch].search
+        logarithmic = {name: isinstance(space.get(name), LogUniform) for name in fields}
+        plots.save(plots.slices(measured, fields, winner, logarithmic), folder / "figures" / "settings.png")
+        text = (
+            "A point a trial: green ran all epochs, grey was stopped, vermilion failed or diverged; the ring is the "
+            "winner. The val_acc of a stopped trial is what it had reached by then."
+        )
+        sections.append(section("Settings against val_acc", picture(folder / "figures" / "settings.png", text)))
+    ranked = trials.sort_values("val_acc", ascending=False)
+    rows = [
+        (
+            r["trial_id"],
+            *(f"{r[name]:.3g}" if isinstance(r[name], float) else str(r[name]) for name in fields),
+            f"{r['epochs']:.0f}",
+            "" if pd.isna(r["val_acc"]) else percent(r["val_acc"], 2),
+            "" if pd.isna(r["best_epoch"]) else f"{r['best_epoch']:.0f}",
+            r["status"],
+            "" if pd.isna(r["reason"]) else r["reason"],
+        )
+        for r in ranked.to_dict("records")
+    ]
+    header = ("trial", *fields, "epochs", "val_acc", "best epoch", "status", "reason")
+    return [*sections, section("All trials", table(rows, header))]
+
+
 def write_report(folder: Path) -> None:
-    pass
+    """Write the page, and its figures, of a search whose trials.csv and curves.csv lie in the folder."""
+    trials = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str})
+    fields = searched(trials)
+    place = folder / "best.json"
+    best = json.loads(place.read_text()) if place.exists() else None
+    curves = run_report.curve_section(folder, "Every trial over epochs")
+    if best is None:
+        title, lead = f"{folder.name}: {len(trials)} trials with ASHA", "This search has not come to its end."
+        write_atomically(folder / "report.html", run_report.page(title, lead, [curves]))
+        return
+    recipe = best["recipe"]
+    sections = [
+        winner_section(folder, best, fields),
+        *run_report.class_sections(folder, best),
+        *trial_sections(folder, trials, fields, recipe["arch"], recipe["max_epochs"], best["trial_id"]),
+        curves,
+        run_report.recipe_section(best),
+    ]
+    title = f"{recipe['arch']} on {recipe['dataset']}: {len(trials)} trials with ASHA"
+    lead = run_report.headline(best) + run_report.scale(recipe)
+    write_atomically(folder / "report.html", run_report.page(title, lead, sections))
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command: write a search's page again."""
+    parser = cli.Parser(
+        prog="python -m tune.report", description="Write a search's report.html again.", allow_abbrev=False
+    )
+    parser.add_argument("folder", help="what a search left: trials.csv, curves.csv, best.json, ...")
+    folder = Path(parser.parse_args(list(argv)).folder)
+    if not (folder / "trials.csv").exists() or not (folder / "curves.csv").exists():
+        raise InputError(f"{folder}: no search lies there; trials.csv and curves.csv are needed.")
+    write_report(folder)
+    print(os.path.relpath(folder / "report.html"))
+    return cli.DONE
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,7 +1,7 @@
 """ASHA whose rungs survive a restart.
 
-The decisions are a pure function of numbers, `Rungs.decide`; `ASHA` hands Ray's results to it. Rungs are rebuilt from the
-curves of the trials, so that nothing of Ray's own state is needed to go on after a crash.
+The decisions are a pure function of numbers, `Rungs.decide`; `ASHA` hands Ray's results to it. Rungs are rebuilt from
+the curves of the trials, so that nothing of Ray's own state is needed to go on after a crash.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Decision:
 
 
 class Rungs:
-    """ASHA's stopping rule: at a rung a trial stops when it is below the top 1/reduction_factor of those there before it.
+    """ASHA's stopping rule: at a rung a trial stops when below the top 1/reduction_factor of those there before it.
 
     The first arrival passes; ties survive. A trial that stops stays in the rung, for it was measured there.
 
@@ -90,7 +90,7 @@ class ASHA(ray.tune.schedulers.FIFOScheduler):
     """
 
     def __init__(self, judge: Callable[[str, dict[str, Any]], bool]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.judge = judge
 
     def __getstate__(self) -> dict[str, Any]:

@@ -12,16 +12,15 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 
-import torch
-
 from cifar_lab import cli, precision
 from cifar_lab.data import CIFAR10DataModule
 from cifar_lab.evaluate import add_test_figures, evaluate
 from cifar_lab.recipe import InputError
 from cifar_lab.report import headline
 from cifar_lab.train import Row, Run, ended_run, finite, write_atomically, write_best
+from tune import resources
 from tune.cluster import Job, cluster, run_jobs
-from tune.experiment import Experiment, Finalist, Trial, locked
+from tune.experiment import Experiment, Trial, locked
 from tune.plan import checkpoint_bytes, expected_epochs, seconds_per_image, sizes
 from tune.question import Question, question_file
 from tune.report import write_report
@@ -29,41 +28,6 @@ from tune.scheduler import Rungs
 from tune.view import View, duration, settings, size
 
 SEED_STEP = 1000  # a finalist's seeds are the search's seed plus multiples of this: new ones
-
-
-def gpus_here() -> int:
-    """GPUs of this machine."""
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def gpus_per_trial(question: Question, gpus: float) -> float:
-    """What was asked for, or one where there are any."""
-    asked = question.options.gpus_per_trial
-    return min(1.0, gpus) if asked is None else asked
-
-
-def check_resources(question: Question, cpus: float, gpus: float) -> None:
-    """Refuse what the cluster does not have: Ray would wait for it without end.
-
-    Raises:
-        InputError: more CPU cores or GPUs a trial than there are.
-    """
-    for name, asked, there in (
-        ("cpus_per_trial", question.options.cpus_per_trial, cpus),
-        ("gpus_per_trial", gpus_per_trial(question, gpus), gpus),
-    ):
-        if asked > there:
-            raise InputError(f"{name}: {asked:g}. Legal: 0 to {there:g}, which is what there is.")
-
-
-def concurrency(question: Question, cpus: float, gpus: float) -> int:
-    """Trials that the cluster runs at once."""
-    fit = int(cpus // question.options.cpus_per_trial)
-    if share := gpus_per_trial(question, gpus):
-        fit = min(fit, int(gpus // share) if share >= 1 else int(gpus) * int(1 // share))
-    return max(1, min(fit, question.options.max_concurrent or fit))
 
 
 class Search:
@@ -77,8 +41,8 @@ class Search:
         self.question = dataclasses.replace(question, base=base)
         self.options, self.folder = question.options, question.folder
         self.data = CIFAR10DataModule(base)
-        if self.options.address is None:
-            check_resources(question, os.cpu_count() or 1, gpus_here())
+        # Of a cluster that is still to be joined this machine is the best guess.
+        self.use(resources.here() if self.options.address is None else {"CPU": float(self.options.cpus_per_trial)})
         self.rungs = Rungs(self.options.grace_period, base.max_epochs, self.options.reduction_factor)
 
     def run(self) -> int:
@@ -113,7 +77,9 @@ class Search:
                 probe.write(b"x")
             free = shutil.disk_usage(self.folder).free
         except OSError as error:
-            raise InputError(f"results_dir: {place!r} cannot be written ({error.strerror}). Legal: a folder you may write to.") from error
+            raise InputError(
+                f"results_dir: {place!r} cannot be written ({error.strerror}). Legal: a folder you may write to."
+            ) from error
         if free < needed:
             if not existed:
                 shutil.rmtree(self.folder)
@@ -121,6 +87,11 @@ class Search:
                 f"results_dir: {place!r} has {size(free)} free, and this search needs about {size(needed)}. "
                 "Free some, name another disk, or take fewer finalists."
             )
+
+    def use(self, there: dict[str, float]) -> None:
+        """Settle how many trials run at once, on what."""
+        self.takes = resources.per_trial(self.options, there)
+        self.concurrent = resources.at_once(self.options, there)
 
     def seeds(self) -> list[int]:
         """The finalists' seeds."""
@@ -131,14 +102,16 @@ class Search:
     def bytes_needed(self) -> int:
         """Disk: a best and a last checkpoint a running trial, and the best ones that are kept."""
         best, last = checkpoint_bytes(sizes(self.question.base, self.question.space), len(self.data.classes))
-        at_once = concurrency(self.question, os.cpu_count() or 1, gpus_here())
         kept = self.options.finalists * (1 + self.options.finalist_seeds)
-        return at_once * (2 * best + 2 * last) + kept * best
+        return self.concurrent * 2 * (best + last) + kept * best
 
     def plan(self) -> str:
         """What is about to happen, with the time and the disk it should take."""
         question, options, base = self.question, self.options, self.question.base
-        varied = ", ".join(f"{name} ({domain})" for name, domain in question.space.items()) or "nothing: all fields are fixed"
+        varied = (
+            ", ".join(f"{name} ({domain})" for name, domain in question.space.items())
+            or "nothing: all fields are fixed"
+        )
         recipes = sizes(base, question.space)
         images = len(self.data.train_indices)
         self.epoch_seconds = images * seconds_per_image(recipes, max(1, options.cpus_per_trial))
@@ -147,8 +120,9 @@ class Search:
             f"{base.arch} on {base.dataset}, {images:,} training images: {options.num_samples} trials of at most "
             f"{base.max_epochs} epochs, ASHA's rungs after epoch {rungs}; then the best {options.finalists} anew with "
             f"{options.finalist_seeds} seeds each. Searched: {varied}. {self.concurrent} at once, "
-            f"{options.cpus_per_trial} cores and {self.gpus:g} GPUs each. Expected: about {duration(self.seconds_left())}, "
-            f"{size(self.bytes_needed())} of disk at most. Results: {os.path.relpath(self.folder)}."
+            f"{self.takes['CPU']:g} CPU and {self.takes['GPU']:g} GPU each. "
+            f"Expected: about {duration(self.seconds_left())}, {size(self.bytes_needed())} of disk at most. "
+            f"Results: {os.path.relpath(self.folder)}."
         )
 
     def seconds_left(self) -> float:
@@ -160,7 +134,9 @@ class Search:
         mean = expected_epochs(longest, self.options.grace_period, self.options.reduction_factor, len(trials))
         epochs = sum(max(1.0, mean - len(t.rows)) for t in trials if t.status == "pending")
         seeds = len(self.seeds())
-        epochs += (self.options.finalists * seeds - len(self.experiment.finalists)) * longest - sum(self.finalist_epochs.values())
+        epochs += (self.options.finalists * seeds - len(self.experiment.finalists)) * longest - sum(
+            self.finalist_epochs.values()
+        )
         return max(0.0, epochs) * each / self.concurrent
 
     # What it does
@@ -168,11 +144,11 @@ class Search:
     def train(self) -> None:
         """Run what is left of the trials and of the finalists on Ray."""
         self.finalist_epochs: dict[str, int] = {}
-        with cluster(self.options.address, dashboard=self.question.dashboard) as resources:
-            cpus, gpus = resources.get("CPU", 0.0), resources.get("GPU", 0.0)
-            check_resources(self.question, cpus, gpus)
-            self.concurrent, self.gpus = concurrency(self.question, cpus, gpus), gpus_per_trial(self.question, gpus)
+        with cluster(self.options.address, dashboard=self.question.dashboard) as joined:
+            self.use(joined.resources)
             self.say(self.plan())
+            if joined.dashboard:
+                self.say(f"Dashboard: http://{joined.dashboard} (to sign in: ray get-auth-token)")
             self.run_trials()
             if not self.experiment.pending():
                 self.run_finalists()
@@ -180,10 +156,17 @@ class Search:
     def view(self, title: str) -> View:
         """The live view."""
         return View(
-            self.experiment, self.seconds_left, list(self.rungs.values), self.question.base.max_epochs, self.question.quiet, title
+            self.experiment,
+            self.seconds_left,
+            list(self.rungs.values),
+            self.question.base.max_epochs,
+            self.question.quiet,
+            title,
         )
 
-    def run_jobs(self, jobs: list[Job], judge: Callable[[str, Row], bool], on_end: Callable[[str, str], None], view: View) -> None:
+    def run_jobs(
+        self, jobs: list[Job], judge: Callable[[str, Row], bool], on_end: Callable[[str, str], None], view: View
+    ) -> None:
         """Run jobs with this search's resources, showing them."""
         with view:
             run_jobs(
@@ -191,8 +174,7 @@ class Search:
                 judge=judge,
                 on_start=view.started,
                 on_end=on_end,
-                cpus=self.options.cpus_per_trial,
-                gpus=self.gpus,
+                takes=self.takes,
                 concurrent=self.concurrent,
                 scratch=self.folder / "ray",
             )
@@ -312,7 +294,11 @@ class Search:
         if not place.exists():
             leaders = self.experiment.leaders(1)
             best = leaders[0].best if leaders else None
-            return "No trial has ended yet." if best is None else f"Best so far: {leaders[0].trial_id}, val_acc {best['val_acc']:.4f}."
+            return (
+                "No trial has ended yet."
+                if best is None
+                else f"Best so far: {leaders[0].trial_id}, val_acc {best['val_acc']:.4f}."
+            )
         found = json.loads(place.read_text())
         recipe = self.question.recipe(found["trial_id"])
         chosen = settings({name: getattr(recipe, name) for name in self.question.space})

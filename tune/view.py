@@ -16,16 +16,17 @@ from rich.text import Text
 from cifar_lab.train import Row
 from tune.experiment import Experiment, Trial
 
-SHOWN = 12
+SHOWN = 12  # rows of the table
+HEARTBEAT = 60  # seconds after which plain output says how far it is, though no trial ended
 STYLES = {"completed": "green", "diverged": "red", "failed": "red", "stopped": "dim", "pending": ""}
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 45 s, 12:05 min or 3:07 h."""
+    """Seconds as 45 s, 12 min or 3 h 07 min."""
+    minutes = round(seconds / 60)
     if seconds < 100:
         return f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes}:{rest:02d} min" if minutes < 100 else f"{minutes // 60}:{minutes % 60:02d} h"
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def size(count: float) -> str:
@@ -39,7 +40,7 @@ def size(count: float) -> str:
 
 @dataclass
 class View:
-    """Shows the experiment while `with` holds: one redrawn table, or a line an ended trial where no terminal listens."""
+    """Shows an experiment while `with` holds: a table, redrawn, or a line an ended trial where no terminal listens."""
 
     experiment: Experiment
     seconds_left: Callable[[], float]
@@ -52,6 +53,7 @@ class View:
     start: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
+        self.spoken = self.start
         self.console = Console(quiet=self.quiet, highlight=False)
         self.live: Live | None = None
 
@@ -61,7 +63,9 @@ class View:
             self.live.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.live is not None:
             self.live.__exit__(kind, error, trace)
             self.console.print(self.render())
@@ -74,13 +78,19 @@ class View:
     def heard(self, job: str, row: Row) -> None:
         """A running job has ended an epoch."""
         self.latest[job] = row
+        if self.live is None and time.monotonic() > self.spoken + HEARTBEAT:
+            self._line()
+
+    def _line(self, news: str = "") -> None:
+        self.spoken = time.monotonic()
+        self.console.print(self.summary() + news, soft_wrap=True)
 
     def ended(self, job: str, text: str) -> None:
         """A job has ended, for the reason in the text."""
         if job in self.running:
             self.running.remove(job)
         if self.live is None:
-            self.console.print(f"{self.summary()} | {job} {text}", soft_wrap=True)
+            self._line(f" | {job} {text}")
 
     def summary(self) -> str:
         """The state in one line: ended, running, best so far, time gone and left."""
@@ -99,7 +109,9 @@ class View:
         """The summary above the table: running jobs first, then the best of those ended."""
         table = Table(box=None, pad_edge=False, expand=False, padding=(0, 2, 0, 0))
         for name in ("trial", "epoch", "next rung", "val_acc", "best", "state"):
-            table.add_column(name, justify="right" if name in ("epoch", "next rung", "val_acc", "best") else "left", no_wrap=True)
+            table.add_column(
+                name, justify="right" if name in ("epoch", "next rung", "val_acc", "best") else "left", no_wrap=True
+            )
         table.add_column("settings", overflow="ellipsis", no_wrap=True)
         for job in sorted(self.running):
             trial = self.experiment.trials.get(job)
@@ -108,7 +120,10 @@ class View:
         others = [t for t in self.experiment.trials.values() if t.status in ("diverged", "failed")]
         for trial in (ranked + others)[: max(0, SHOWN - len(self.running))]:
             if trial.trial_id not in self.running:
-                table.add_row(*self._cells(trial.trial_id, trial, trial.rows[-1] if trial.rows else None), style=STYLES[trial.status])
+                table.add_row(
+                    *self._cells(trial.trial_id, trial, trial.rows[-1] if trial.rows else None),
+                    style=STYLES[trial.status],
+                )
         return Group(Text(self.summary(), no_wrap=True, overflow="ellipsis"), table)
 
     def _cells(self, job: str, trial: Trial | None, row: Row | None) -> list[str]:

@@ -18,7 +18,9 @@ BOTTLENECK_FROM = 50
 class Block(nn.Module):
     """Two 3x3 convolutions, or a bottleneck of 1x1, 3x3, 1x1, beside a shortcut."""
 
-    def __init__(self, channels: int, inner: int, out: int, stride: int, bottleneck: bool, act: type[nn.Module]) -> None:
+    def __init__(
+        self, channels: int, inner: int, out: int, stride: int, bottleneck: bool, act: type[nn.Module]
+    ) -> None:
         super().__init__()
         plan = (
             [(channels, inner, 1, 1), (inner, inner, 3, stride), (inner, out, 1, 1)]

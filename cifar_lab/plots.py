@@ -1,0 +1,166 @@
+"""Figures, each a function from a table to a matplotlib figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+HUMAN = 0.94  # accuracy of people on CIFAR-10, Karpathy 2011
+ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+
+
+def curves(table: pd.DataFrame, metric: str = "acc", *, title: str = "") -> Figure:
+    """Every trial's validation curve bold and its training curve faint in the same colour, over epochs.
+
+    Args:
+        table: curves.csv: trial_id, epoch, train_acc, val_acc, train_loss, val_loss.
+        metric: acc or loss.
+        title: above the axes.
+
+    The legend, best trial first, gives each trial's best validation and training value: the maximum of an accuracy,
+    the minimum of a loss.
+    """
+    best = "max" if metric == "acc" else "min"
+    extremes = table.groupby("trial_id")[[f"val_{metric}", f"train_{metric}"]].agg(best)
+    extremes = extremes.sort_values(f"val_{metric}", ascending=metric == "loss")
+    palette = mpl.colormaps["viridis"](np.linspace(0, 0.92, len(extremes)))
+    columns = 1 + (len(extremes) - 1) // 32
+    figure = Figure(figsize=(8 + 1.8 * columns, 5.2))
+    axes = figure.subplots()
+    for place, (trial, values) in enumerate(extremes.iterrows()):
+        own = table[table.trial_id == trial]
+        color = palette[place]
+        marker = "o" if len(own) == 1 else None
+        label = f"{trial}  {values.iloc[0]:.3f}  {values.iloc[1]:.3f}"
+        axes.plot(
+            own.epoch, own[f"val_{metric}"], color=color, lw=2, marker=marker, ms=4, label=label, zorder=3 - place / 100
+        )
+        axes.plot(own.epoch, own[f"train_{metric}"], color=color, lw=1, alpha=0.35, marker=marker, ms=2)
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel({"acc": "accuracy", "loss": "loss (cross-entropy)"}[metric])
+    if metric == "acc":
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_title(title or "bold: validation, faint: training")
+    axes.grid(alpha=0.3)
+    axes.legend(
+        title=f"{'trial' if len(extremes) > 1 else 'run'}, {best} val, {best} train",
+        loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=7, title_fontsize=8, ncols=columns, frameon=False,
+        prop={"family": "monospace", "size": 7},
+    )  # fmt: skip
+    return figure
+
+
+def per_class(table: pd.DataFrame, *, human: bool = False) -> Figure:
+    """Accuracy of each class with its Wilson interval, from per_class.csv; CIFAR-10's with the human 94%."""
+    ordered = table.sort_values("accuracy", ascending=True)
+    figure = Figure(figsize=(7, 0.9 + 0.36 * len(ordered)))
+    axes = figure.subplots()
+    animals = ordered["class"].isin(ANIMALS)
+    colors = np.where(animals, ORANGE, BLUE) if human else [BLUE] * len(ordered)
+    errors = np.clip([ordered.accuracy - ordered.low, ordered.high - ordered.accuracy], 0, None)
+    axes.barh(ordered["class"], ordered.accuracy, xerr=errors, color=colors, error_kw={"lw": 1, "capsize": 2})
+    for y, accuracy in enumerate(ordered.accuracy):
+        axes.text(0.01, y, f"{accuracy:.1%}", va="center", fontsize=8, color="white", weight="bold")
+    if human:
+        axes.axvline(HUMAN, color=VERMILION, lw=1.2, ls="--")
+        axes.text(HUMAN, len(ordered) - 0.4, "human 94% ", color=VERMILION, fontsize=8, ha="right", va="bottom")
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel("accuracy" + (" (orange: animals, blue: vehicles)" if human else ""))
+    return figure
+
+
+def confusion(table: pd.DataFrame) -> Figure:
+    """What each class was taken for, from confusion.csv: percent of the true class's images."""
+    counts = table.set_index("class")
+    shares = counts.to_numpy() / counts.sum(axis=1).to_numpy().clip(1)[:, None]
+    n = len(counts)
+    figure = Figure(figsize=(1.8 + 0.55 * n, 1.4 + 0.5 * n))
+    axes = figure.subplots()
+    off_diagonal = np.where(np.eye(n, dtype=bool), np.nan, shares)
+    limit = max(0.01, float(np.nanmax(off_diagonal)))
+    image = axes.imshow(off_diagonal, cmap="cividis", vmin=0, vmax=limit)
+    for i in range(n):
+        for j in range(n):
+            dark = i != j and shares[i, j] < 0.6 * limit
+            axes.text(j, i, f"{shares[i, j]:.1%}"[:-1], ha="center", va="center", fontsize=7,
+                      color="white" if dark else "black", weight="bold" if i == j else "normal")  # fmt: skip
+    axes.set_xticks(range(n), counts.columns, rotation=45, ha="right")
+    axes.set_yticks(range(n), counts.index)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    figure.colorbar(
+        image,
+        ax=axes,
+        shrink=0.8,
+        format=PercentFormatter(1, decimals=0),
+        label="mistaken for, share of the true class",
+    )
+    return figure
+
+
+def slices(table: pd.DataFrame, fields: Sequence[str], winner: str, ranges: Mapping[str, bool]) -> Figure:
+    """Each searched field against val_acc, a point a trial; the winner is ringed.
+
+    Args:
+        table: trials.csv.
+        fields: the searched fields.
+        winner: its trial_id.
+        ranges: whether a field's axis is logarithmic.
+    """
+    columns = min(3, len(fields))
+    rows = -(-len(fields) // columns)
+    figure = Figure(figsize=(3.1 * columns, 2.5 * rows), layout="constrained")
+    grid = np.atleast_1d(figure.subplots(rows, columns, sharey=True)).ravel()
+    colors = {"completed": GREEN, "stopped": GREY, "diverged": VERMILION, "failed": VERMILION, "pending": ORANGE}
+    for axes, name in zip(grid, fields, strict=False):
+        values = table[name]
+        if values.dtype.kind in "OUSTb" or isinstance(values.dtype, pd.StringDtype):
+            values = values.astype(str)
+        axes.scatter(values, table.val_acc, c=[colors[s] for s in table.status], s=16, alpha=0.85, zorder=2)
+        best = table.trial_id == winner
+        axes.scatter(values[best], table.val_acc[best], s=110, facecolors="none", edgecolors=BLUE, lw=1.8, zorder=3)
+        if ranges.get(name):
+            axes.set_xscale("log")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3)
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    for axes in grid[len(fields) :]:
+        axes.remove()
+    grid[0].set_ylabel("best val_acc")
+    return figure
+
+
+def stops(epochs: Sequence[int], rungs: Sequence[int], max_epochs: int) -> Figure:
+    """How many trials were under way after each epoch, with ASHA's rungs, against running all of them to the end."""
+    trained = np.asarray(epochs)
+    axis = np.arange(1, max_epochs + 1)
+    alive = [(trained >= epoch).sum() for epoch in axis]
+    figure = Figure(figsize=(7, 2.6))
+    axes = figure.subplots()
+    axes.fill_between(axis, len(trained), step="mid", color=GREY, alpha=0.18, label="saved")
+    axes.fill_between(axis, alive, step="mid", color=BLUE, alpha=0.85, label="trained")
+    for rung in rungs:
+        axes.axvline(rung + 0.5, color=VERMILION, lw=1, ls="--", label="rung" if rung == rungs[0] else None)
+    axes.set_xlim(0.5, max_epochs + 0.5)
+    axes.set_ylim(0, len(trained))
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("trials")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="upper right", fontsize=8)
+    return figure

@@ -1,0 +1,62 @@
+"""Fixtures that several test files share: a cache of the session's own, a tree of images, the real CIFAR-10."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+# More threads spin while they wait for each other: on a busy machine that is a hundred times slower, not faster.
+torch.set_num_threads(1)
+GIVEN_DATA = os.environ.get("CIFAR_LAB_DATA")
+
+
+@pytest.fixture(scope="session")
+def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def own_environment(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads the user's cache or the user's images unless it asks for them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache))
+    monkeypatch.delenv("CIFAR_LAB_DATA", raising=False)
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; the folder which `cifar_lab.data.cache_folder` names."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "cifar_lab"
+
+
+@pytest.fixture(scope="session")
+def cifar10_folder() -> str:
+    """The real CIFAR-10, an absolute path, where CIFAR_LAB_DATA named it before the tests began."""
+    if not GIVEN_DATA or not Path(GIVEN_DATA).is_dir():
+        pytest.skip("CIFAR_LAB_DATA names no folder with CIFAR-10")
+    return str(Path(GIVEN_DATA).resolve())
+
+
+@pytest.fixture
+def make_tree(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes train/CLASS/*.png and test/CLASS/*.png of noise and returns the folder above them."""
+
+    def make(classes: tuple[str, ...] = ("apple", "pear"), count: int = 10, size: int = 32) -> Path:
+        noise = np.random.default_rng(0)
+        root = tmp_path / "images"
+        for part in ("train", "test"):
+            for name in classes:
+                folder = root / part / name
+                folder.mkdir(parents=True)
+                for i in range(count):
+                    pixels = noise.integers(0, 256, (size, size, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / f"{i:03}.png")
+        return root
+
+    return make

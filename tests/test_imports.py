@@ -1,0 +1,116 @@
+"""The imports run one way only, read from the source without running it."""
+
+from __future__ import annotations
+
+import ast
+import functools
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = sorted((ROOT / "cifar_lab").rglob("*.py"))
+SEARCH = sorted((ROOT / "tune").rglob("*.py"))
+ARCHITECTURE_FILES = [p for p in LIBRARY if p.parent.name == "models" and p.stem != "__init__"]
+WITHOUT_LIGHTNING = [
+    p for p in LIBRARY if p.stem in ("recipe", "layers", "augment", "optim") or p.parent.name == "models"
+]
+ALLOWED = {
+    "layers": set(),
+    "augment": set(),
+    "recipe": {"models"},
+    "models": {"layers", "recipe"},
+    "optim": {"recipe"},
+    "data": {"augment", "recipe"},
+    "classifier": {"augment", "optim", "data", "models", "recipe"},
+}  # fmt: skip
+
+
+@functools.cache
+def nodes(file: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(file.read_text())))
+
+
+@functools.cache
+def imported(file: Path) -> set[str]:
+    """Absolute names of all that a file imports, `from a import b` as a.b, however deep in a function."""
+    names: set[str] = set()
+    for node in nodes(file):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = file.relative_to(ROOT).parent.parts
+            above = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(filter(None, (above, node.module)))
+            names |= {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+            names |= {arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)}
+    return names
+
+
+def packages(file: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(file)}
+
+
+def label(file: Path) -> str:
+    return str(file.relative_to(ROOT))
+
+
+def test_there_is_something_to_read() -> None:
+    assert {"recipe", "train", "resnet"} <= {file.stem for file in LIBRARY}
+    assert "pytorch_lightning" in packages(ROOT / "cifar_lab" / "train.py")
+
+
+@pytest.mark.parametrize("file", LIBRARY, ids=label)
+def test_the_library_knows_neither_ray_nor_tune(file: Path) -> None:
+    assert not packages(file) & {"ray", "tune"}
+
+
+@pytest.mark.parametrize("file", WITHOUT_LIGHTNING, ids=label)
+def test_lightning_stays_out_of_recipes_models_and_transforms(file: Path) -> None:
+    assert not packages(file) & {"pytorch_lightning", "lightning", "lightning_fabric"}
+
+
+@pytest.mark.parametrize("file", ARCHITECTURE_FILES, ids=label)
+def test_no_architecture_imports_another(file: Path) -> None:
+    others = {p.stem for p in ARCHITECTURE_FILES} - {file.stem}
+    assert not {
+        name for name in imported(file) if name.startswith("cifar_lab.models.") and name.split(".")[2] in others
+    }
+    assert not {name for name in imported(file) if name.startswith("cifar_lab.") and name.split(".")[1] != "layers"}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_imports_run_leftwards(name: str) -> None:
+    file = ROOT / "cifar_lab" / (f"{name}/__init__.py" if name == "models" else f"{name}.py")
+    inner = {found.split(".")[1] for found in imported(file) if found.startswith("cifar_lab.")}
+    assert inner - {name} <= ALLOWED[name]
+
+
+@pytest.mark.parametrize("file", LIBRARY + SEARCH, ids=label)
+def test_the_namespace_is_pytorch_lightning(file: Path) -> None:
+    assert "lightning" not in packages(file)
+
+
+@pytest.mark.parametrize("file", LIBRARY + SEARCH, ids=label)
+def test_ray_tune_is_imported_by_its_whole_name(file: Path) -> None:
+    assert not [n for n in nodes(file) if isinstance(n, ast.ImportFrom) and n.module == "ray"]
+
+
+def test_only_train_and_evaluate_make_a_trainer() -> None:
+    made = set()
+    for file in LIBRARY + SEARCH:
+        for node in nodes(file):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "Trainer":
+                made.add(label(file))
+    assert made and made <= {"cifar_lab/train.py", "cifar_lab/evaluate.py"}
+
+
+def test_only_evaluate_loads_the_test_part() -> None:
+    loading = set()
+    for file in LIBRARY + SEARCH:
+        for node in nodes(file):
+            called = isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "load"
+            if called and any(isinstance(arg, ast.Constant) and arg.value == "test" for arg in node.args):
+                loading.add(label(file))
+    assert loading == {"cifar_lab/evaluate.py"}

@@ -1,0 +1,152 @@
+"""Every architecture: shapes, gradients, seeds, sizes, and what its source says of it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cifar_lab import models
+from cifar_lab.models import ARCHITECTURES, build
+from cifar_lab.recipe import Recipe
+
+NARROW: dict[str, dict[str, Any]] = {"resnet": {"width": 8}}
+OWN_MOVES: dict[tuple[str, str], Any] = {
+    ("classic_cnn", "depth"): 3,
+    ("classic_cnn", "width"): 12,
+    ("classic_cnn", "dropout"): 0.5,
+    ("classic_cnn", "batch_norm"): True,
+    ("classic_cnn", "activation"): "elu",
+    ("classic_cnn", "init"): "xavier",
+    ("resnet", "depth"): 50,
+    ("resnet", "width"): 16,
+    ("resnet", "stem"): "imagenet",
+    ("resnet", "dropout"): 0.5,
+    ("resnet", "activation"): "elu",
+}
+OWN = [(arch, name) for arch in ARCHITECTURES for name in models.parameters(arch)]
+
+
+def make(arch: str, classes: int = 10, seed: int = 0, **fields: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return build(Recipe(arch=arch, **{**NARROW.get(arch, {}), **fields}), classes)
+
+
+def images(n: int) -> Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def count(network: nn.Module) -> int:
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_images_become_one_logit_a_class(arch: str, classes: int) -> None:
+    assert make(arch, classes)(images(4)).shape == (4, classes)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_gradient_reaches_every_parameter(arch: str) -> None:
+    network = make(arch)
+    nn.functional.cross_entropy(network(images(8)), torch.arange(8)).backward()
+    assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_in_eval_an_image_is_judged_by_itself(arch: str) -> None:
+    network = make(arch).eval()
+    batch = images(3)
+    torch.testing.assert_close(network(batch[:1]), network(batch)[:1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_seed_determines_the_weights(arch: str) -> None:
+    one, again, other = (make(arch, seed=seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameters"),
+    [
+        ({"arch": "classic_cnn"}, 62_006),
+        ({"arch": "resnet", "depth": 18}, 11_173_962),
+        ({"arch": "resnet", "depth": 34}, 21_282_122),
+        ({"arch": "resnet", "depth": 50}, 23_520_842),
+        ({"arch": "resnet", "depth": 101}, 42_512_970),
+        ({"arch": "resnet", "depth": 18, "stem": "imagenet"}, 11_181_642),
+    ],
+    ids=str,
+)
+def test_the_number_of_parameters_is_the_published_one(fields: dict[str, Any], parameters: int) -> None:
+    with torch.device("meta"):
+        assert count(build(Recipe(**fields), 10)) == parameters
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_resnet_with_the_imagenet_stem_is_torchvisions(depth: int) -> None:
+    import torchvision
+
+    ours = build(Recipe(arch="resnet", depth=depth, stem="imagenet"), 10)
+    theirs = getattr(torchvision.models, f"resnet{depth}")(num_classes=10)
+    assert count(ours) == count(theirs)
+    # Ours names the shortcut after the residual, as torchvision does: the order of the tensors is the same.
+    tensors = dict(zip(ours.state_dict(), theirs.state_dict().values(), strict=True))
+    ours.load_state_dict(tensors)
+    ours.eval(), theirs.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images(4)), theirs(images(4)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stem", "side"), [("cifar", 32), ("imagenet", 8)])
+def test_the_stem_decides_the_size_of_the_map(stem: str, side: int) -> None:
+    network: Any = make("resnet", stem=stem)
+    assert network.stem(images(1)).shape == (1, 8, side, side)
+
+
+def test_each_own_field_is_in_the_table() -> None:
+    assert sorted(OWN_MOVES) == sorted(OWN)
+
+
+@pytest.mark.parametrize(("arch", "name"), OWN)
+def test_each_own_field_changes_the_network(arch: str, name: str) -> None:
+    def answers(**fields: Any) -> tuple[int, Tensor]:
+        network = make(arch, **fields).train()
+        torch.manual_seed(0)
+        return count(network), network(images(4))
+
+    (n, before), (m, after) = answers(), answers(**{name: OWN_MOVES[arch, name]})
+    assert n != m or not torch.allclose(before, after)
+
+
+def test_xavier_touches_the_dense_layers_alone() -> None:
+    plain, xavier = make("classic_cnn").state_dict(), make("classic_cnn", init="xavier").state_dict()
+    moved = {name for name in plain if not torch.equal(plain[name], xavier[name])}
+    assert moved == {name for name in plain if name.startswith("head.")}
+    for name in moved:
+        if name.endswith("bias"):
+            assert not xavier[name].any()
+        else:
+            bound = (6 / sum(xavier[name].shape)) ** 0.5
+            assert 0.95 * bound < float(xavier[name].abs().max()) <= bound
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_docstring_explains_each_own_field_and_names_a_source(arch: str) -> None:
+    network = models.network_class(arch)
+    doc = inspect.getdoc(network) or ""
+    assert "(N, 3, 32, 32)" in doc and re.search(r"^Source: ", doc, re.MULTILINE)
+    block = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    explained = re.findall(r"^    (\w+): \S", block, re.MULTILINE)
+    assert explained == ["num_classes", *models.parameters(arch)]
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_what_an_architecture_declares_legal_are_its_own_fields(arch: str) -> None:
+    assert set(models.network_class(arch).LEGAL) <= set(models.parameters(arch))
+    assert set(models.network_class(arch).RECIPE) <= set(Recipe(arch=arch).to_dict()) - set(models.parameters(arch))

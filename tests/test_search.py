@@ -1,0 +1,290 @@
+"""A search, run as its users run it: what it leaves, how it goes on after a fault, what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import accuracy_score, confusion_matrix
+
+from cifar_lab.evaluate import t_interval, wilson
+from cifar_lab.train import sha256
+from tune.scheduler import Rungs
+
+CURVES = ["trial_id", "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds"]
+METRICS = ["epochs", "val_acc", "val_loss", "val_macro_f1", "train_acc", "best_epoch", "seconds", "status", "reason"]
+SEARCHED = ["augment", "batch_norm", "dropout", "init", "lr", "weight_decay"]
+QUESTION = (
+    "--arch classic_cnn --dataset digits --optimizer adam --limit_train 200 --num_samples 5 --max_epochs 4 "
+    "--finalists 2 --finalist_seeds 2"
+).split()
+
+
+def start(folder: Path, *words: str, columns: int = 80) -> subprocess.Popen[str]:
+    environment = {**os.environ, "COLUMNS": str(columns)}
+    command = [sys.executable, "-m", "tune.asha", "--results_dir", str(folder), *words]
+    root = Path(__file__).parent.parent
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+    )
+
+
+def search(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    process = start(folder, *words)
+    out, err = process.communicate(timeout=600)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
+
+def table(folder: Path, name: str) -> pd.DataFrame:
+    return pd.read_csv(folder / f"{name}.csv").drop(columns="seconds")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.fixture(scope="module")
+def whole(results: Path, session_cache: Path) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """An uninterrupted search, one trial at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(session_cache))
+        done = search(results, "--name", "whole", "--max_concurrent", "1", *QUESTION)
+    assert done.returncode == 0, done.stderr
+    return results / "whole", done
+
+
+def test_a_search_leaves_exactly_the_promised_files(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = whole
+    left = sorted(p.name for p in folder.iterdir())
+    assert left == sorted(
+        ["best.json", "checkpoints", "confusion.csv", "curves.csv", "figures", "finalists.csv", "per_class.csv"]
+        + ["ray", "report.html", "test_predictions.csv", "trials.csv"]
+    )
+    assert list(pd.read_csv(folder / "trials.csv")) == ["trial_id", *SEARCHED, *METRICS]
+    assert list(pd.read_csv(folder / "curves.csv")) == CURVES
+    assert list(pd.read_csv(folder / "finalists.csv")) == ["trial_id", "seed", "best_epoch", "val_acc", "seconds"]
+    assert list(pd.read_csv(folder / "per_class.csv")) == ["class", "n", "correct", "accuracy", "low", "high"]
+    assert list(pd.read_csv(folder / "test_predictions.csv"))[:4] == ["index", "label", "prediction", "p0"]
+    assert set(json.loads((folder / "best.json").read_text())) == {
+        *("recipe trial_id epoch val_acc test_acc test_n test_low test_high test_acc_seeds checkpoint sha256").split(),
+        *("seed versions hardware command").split(),
+    }
+
+
+def test_trials_and_curves_tell_the_same_story_as_the_rungs(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = whole
+    trials, curves = pd.read_csv(folder / "trials.csv"), pd.read_csv(folder / "curves.csv")
+    rungs = Rungs(1, 4, 3)
+    for trial in trials.to_dict("records"):
+        own = curves[curves.trial_id == trial["trial_id"]]
+        best = own.loc[own.val_acc.idxmax()]
+        assert trial["epochs"] == len(own) and trial["best_epoch"] == best.epoch
+        for name in ("val_acc", "val_loss", "val_macro_f1", "train_acc"):
+            assert trial[name] == best[name]
+        decisions = [rungs.decide(trial["trial_id"], int(r.epoch), r.val_acc) for r in own.itertuples()]
+        assert [d.stop for d in decisions[:-1]] == [False] * (len(own) - 1)
+        assert trial["status"] == ("stopped" if decisions[-1].stop else "completed")
+        assert trial["reason"] == (str(decisions[-1]) if decisions[-1].stop else "all epochs")
+    assert "stopped" in set(trials.status), "the test needs a stopped trial to mean anything"
+
+
+def test_the_winner_has_the_highest_mean_val_acc_and_only_its_checkpoints_were_tested(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, done = whole
+    best = json.loads((folder / "best.json").read_text())
+    trials, finalists = pd.read_csv(folder / "trials.csv"), pd.read_csv(folder / "finalists.csv")
+    leaders = trials.sort_values("val_acc", ascending=False, kind="stable").trial_id[:2]
+    assert sorted(finalists.trial_id.unique()) == sorted(leaders)
+    assert set(finalists.seed) == {1000, 2000}
+    means = finalists.groupby("trial_id").val_acc.mean()
+    assert means[best["trial_id"]] == means.max()
+    own = finalists[finalists.trial_id == best["trial_id"]]
+    assert best["val_acc"] == own.val_acc.max() and best["seed"] == own.seed[own.val_acc.idxmax()]
+    assert best["epoch"] == own.best_epoch[own.val_acc.idxmax()]
+    assert len(best["test_acc_seeds"]) == 2 and best["test_acc"] in best["test_acc_seeds"]
+    assert best["recipe"]["seed"] == best["seed"]
+    assert best["sha256"] == sha256(folder / best["checkpoint"])
+    low, high = t_interval(best["test_acc_seeds"])
+    mean = sum(best["test_acc_seeds"]) / 2
+    headline = f"Test accuracy {mean:.2%} ({low:.2%} to {high:.2%}, t 95%, 2 seeds, n = 360)."
+    assert headline in " ".join(done.stdout.split()) and headline in (folder / "report.html").read_text()
+
+
+def test_the_test_files_agree_with_scikit_learn(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = whole
+    best = json.loads((folder / "best.json").read_text())
+    said = pd.read_csv(folder / "test_predictions.csv")
+    assert len(said) == best["test_n"] == 360 and list(said["index"]) == list(range(360))
+    assert best["test_acc"] == accuracy_score(said.label, said.prediction)
+    probabilities = said[[f"p{i}" for i in range(10)]].to_numpy()
+    assert np.allclose(probabilities.sum(1), 1, atol=1e-5) and (probabilities.argmax(1) == said.prediction).all()
+    counts = confusion_matrix(said.label, said.prediction)
+    assert (pd.read_csv(folder / "confusion.csv").iloc[:, 1:].to_numpy() == counts).all()
+    per_class = pd.read_csv(folder / "per_class.csv")
+    assert (per_class.correct == counts.diagonal()).all() and (per_class.n == counts.sum(1)).all()
+    assert [wilson(c, n) for c, n in zip(per_class.correct, per_class.n, strict=True)] == list(
+        zip(per_class.low, per_class.high, strict=True)
+    )
+
+
+def test_only_the_best_checkpoints_are_kept_and_they_hold_no_code(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = whole
+    finalists = pd.read_csv(folder / "finalists.csv")
+    kept = {f"{t}-s{s}" for t, s in zip(finalists.trial_id, finalists.seed, strict=True)} | set(finalists.trial_id)
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == kept
+    for place in (folder / "checkpoints").rglob("*"):
+        if place.is_file():
+            assert place.name == "best.ckpt"
+            assert "optimizer_states" not in torch.load(place, weights_only=True)
+
+
+def test_what_is_printed_fits_80_columns_and_is_no_log(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    _, done = whole
+    lines = done.stdout.splitlines()
+    assert done.stderr == ""
+    assert len(lines) < 40
+    assert max(len(line) for line in lines if " | T0" not in line) <= 80
+    assert re.search(r"Expected: about .* of disk at most", " ".join(lines))
+
+
+def test_the_report_needs_no_network(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    page = (whole[0] / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"", page) and "@import" not in page
+
+
+def test_resuming_a_finished_search_changes_nothing(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = whole
+    before = files(folder)
+    done = search(folder.parent, "--name", "whole", "--resume")
+    assert done.returncode == 0 and "finished" in done.stdout
+    assert files(folder) == before
+
+
+def test_another_search_is_never_written_into(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = whole
+    before = files(folder)
+    for words in (["--name", "whole", *QUESTION], ["--name", "whole", "--resume", "--lr", "0.1"]):
+        done = search(folder.parent, *words)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "lr was 0.0001 .. 0.01 log-uniform, is now not searched" in " ".join(done.stderr.split())
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGINT])
+def test_a_search_cut_short_and_resumed_equals_the_uninterrupted_one(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], fault: signal.Signals
+) -> None:
+    folder, _ = whole
+    name = fault.name.lower()
+    process = start(folder.parent, "--name", name, "--max_concurrent", "1", *QUESTION)
+    curves = folder.parent / name / "curves.csv"
+    until = time.monotonic() + 300
+    while (len(curves.read_text().splitlines()) if curves.exists() else 0) < 4:
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(fault)
+    out, _ = process.communicate(timeout=120)
+    reached = len(curves.read_text().splitlines()) - 1
+    if fault is signal.SIGINT:
+        assert process.returncode == 1
+        command = out.splitlines()[-1]
+        assert command.startswith("python -m tune.asha") and command.endswith("--resume")
+        words = command.split()[3:]
+    else:
+        words = ["--name", name, "--resume"]
+    done = search(folder.parent, *words) if fault is signal.SIGKILL else search(folder.parent, *words[2:])
+    assert done.returncode == 0, done.stderr
+    assert reached < len(pd.read_csv(folder / "curves.csv")), "the fault came too late to test anything"
+    for file in ("curves", "trials", "finalists"):
+        pd.testing.assert_frame_equal(table(folder, file), table(folder.parent / name, file), check_exact=True)
+
+
+def test_permuting_the_test_labels_changes_nothing_that_is_searched(
+    tmp_path: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]
+) -> None:
+    noise = np.random.default_rng(0)
+    for part, count in (("train", 60), ("test", 20)):
+        for i, name in enumerate(("dark", "middle", "light")):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for j in range(count):
+                pixels = noise.integers(60 * i, 60 * i + 110, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / part / name / f"{j:02}.png")
+    words = (
+        "--arch classic_cnn --dataset folder --num_samples 3 --max_epochs 2 --finalists 1 --finalist_seeds 1".split()
+    )
+    common = [*words, "--optimizer", "adam", "--max_concurrent", "1", "--data_dir", str(tmp_path / "images")]
+    assert search(tmp_path, "--name", "right", *common).returncode == 0
+    test = tmp_path / "images" / "test"
+    for before, after in (("dark", "swap"), ("middle", "dark"), ("light", "middle"), ("swap", "light")):
+        (test / before).rename(test / after)
+    assert search(tmp_path, "--name", "wrong", *common).returncode == 0
+    for file in ("curves", "trials", "finalists"):
+        pd.testing.assert_frame_equal(
+            table(tmp_path / "right", file), table(tmp_path / "wrong", file), check_exact=True
+        )
+    right, wrong = (json.loads((tmp_path / name / "best.json").read_text()) for name in ("right", "wrong"))
+    assert right["test_acc"] != wrong["test_acc"]
+
+
+def test_a_larger_num_samples_goes_on_with_new_trials_and_diverged_ones_lose(
+    results: Path, session_cache: Path
+) -> None:
+    # SGD at lr 1e-2 x momentum .999 and a huge decay diverges; a moderate lr under the same seed does not.
+    common = [
+        "--name",
+        "grown",
+        "--arch",
+        "classic_cnn",
+        "--dataset",
+        "digits",
+        "--limit_train",
+        "200",
+        "--max_epochs",
+        "2",
+    ]
+    diverging = [
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "1e6",
+        "--batch_norm",
+        "false",
+        "--finalists",
+        "1",
+        "--finalist_seeds",
+        "1",
+    ]
+    first = search(results, *common, *diverging, "--num_samples", "2")
+    trials = pd.read_csv(results / "grown" / "trials.csv")
+    assert set(trials.status) == {"diverged"} and (trials.epochs == 1).all()
+    assert trials.reason.str.contains("epoch 1: train_loss nan").all()
+    assert first.returncode == 1 and "Traceback" not in first.stderr
+    second = search(results, "--name", "grown", "--resume", "--num_samples", "3")
+    grown = pd.read_csv(results / "grown" / "trials.csv")
+    assert second.returncode == 1
+    pd.testing.assert_frame_equal(grown[:2], trials, check_exact=True)
+    assert len(grown) == 3

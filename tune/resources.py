@@ -1,0 +1,42 @@
+"""Processors: what a trial takes, what there is, how many trials fit."""
+
+from __future__ import annotations
+
+import os
+
+from cifar_lab.recipe import InputError
+from tune.question import SearchOptions
+
+
+def here() -> dict[str, float]:
+    """This machine's CPU cores and GPUs, in Ray's names."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"CPU": float(cores), "GPU": float(torch.cuda.device_count())}
+
+
+def per_trial(options: SearchOptions, there: dict[str, float]) -> dict[str, float]:
+    """What one trial takes: a GPU, where there is one and nothing was said.
+
+    Raises:
+        InputError: more than there is; Ray would wait for it without end.
+    """
+    gpus = min(1.0, there.get("GPU", 0.0)) if options.gpus_per_trial is None else options.gpus_per_trial
+    takes = {"CPU": float(options.cpus_per_trial), "GPU": gpus}
+    for name, flag in (("CPU", "cpus_per_trial"), ("GPU", "gpus_per_trial")):
+        has = there.get(name, 0.0)
+        if takes[name] > has:
+            where = "this machine" if options.address is None else f"the cluster at {options.address}"
+            raise InputError(f"{flag}: {takes[name]:g}. Legal: up to {has:g}; {where} has {has:g} {name}s.")
+    return takes
+
+
+def at_once(options: SearchOptions, there: dict[str, float]) -> int:
+    """Trials that run at once."""
+    takes = per_trial(options, there)
+    fit = int(there["CPU"] // takes["CPU"])
+    if share := takes["GPU"]:
+        # Ray packs fractions of one GPU, but never splits a trial over two.
+        fit = min(fit, int(there["GPU"] // share) if share >= 1 else int(there["GPU"]) * int(1 / share + 1e-9))
+    return max(1, min(fit, options.max_concurrent or fit))
