@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_lab import augment, optim
 from cifar_lab.data import epoch_seed
+from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.recipe import Recipe
 
@@ -58,8 +59,8 @@ class ImageClassifier(pl.LightningModule):
         self.recipe = Recipe(**recipe)
         self.classes = tuple(classes)
         self.network = build(self.recipe, len(classes))
-        if self.network.CHANNELS_LAST:
-            self.network = self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.memory_format = memory_format(self.network)
+        self.network = self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.averaged: AveragedModel | None = None
         if self.recipe.ema:
             decay = get_ema_multi_avg_fn(self.recipe.ema)  # type: ignore[no-untyped-call]
@@ -77,7 +78,7 @@ class ImageClassifier(pl.LightningModule):
         if not images.is_floating_point():
             images = images.float() / 255
         images = (images - self.mean) / self.std
-        return images.contiguous(memory_format=torch.channels_last) if self.network.CHANNELS_LAST else images
+        return images.contiguous(memory_format=self.memory_format)
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, 32, 32), uint8 or float in 0..1, to logits (N, C); by the averaged weights, if any."""

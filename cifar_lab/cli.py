@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
@@ -121,6 +122,33 @@ def _arch_in(path: str) -> str | None:
         raise InputError(f"--config: {path!r} holds {type(content).__name__}, not fields and values.")
     arch = content.get("arch")
     return None if arch is None else str(arch)
+
+
+def check_name(name: str | None) -> None:
+    """Refuse a name that is no folder's."""
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
+        raise InputError(f"name: {name!r}. Legal: the name of a folder, without a slash.")
+
+
+def check_new(folder: Path) -> None:
+    """Refuse a folder that holds something already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"name: {folder.name!r} exists in {folder.parent} already, and results are never overwritten. "
+            "Go on with what lies there by --resume, or take another --name."
+        )
+
+
+def make_folder(folder: Path, results_dir: str) -> None:
+    """Make a folder below results_dir, and see that it can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x")
+    except OSError as error:
+        raise InputError(
+            f"results_dir: {results_dir!r} cannot be written ({error.strerror}). Legal: a folder you may write to."
+        ) from error
 
 
 @contextlib.contextmanager

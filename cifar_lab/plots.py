@@ -9,7 +9,7 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 HUMAN = 0.94  # accuracy of people on CIFAR-10, Karpathy 2011
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
@@ -137,6 +137,7 @@ def slices(table: pd.DataFrame, fields: Sequence[str], winner: str, ranges: Mapp
         axes.scatter(values[best], table.val_acc[best], s=110, facecolors="none", edgecolors=BLUE, lw=1.8, zorder=3)
         if ranges.get(name):
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))

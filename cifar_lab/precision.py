@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from cifar_lab.data import cache_folder
+from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.recipe import Recipe
 
@@ -77,9 +78,9 @@ def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, th
     try:
         network = build(recipe, 10).to(here)
         images, labels = torch.rand(batch, 3, 32, 32, device=here), torch.randint(10, (batch,), device=here)
-        if network.CHANNELS_LAST:
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            images = images.contiguous(memory_format=torch.channels_last)
+        layout = memory_format(network)
+        network = network.to(memory_format=layout)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=layout)
         seconds = []
         for _ in range(REPEATS + 1):
             start = time.perf_counter()

@@ -115,7 +115,7 @@ def class_sections(folder: Path, best: dict[str, Any]) -> list[str]:
         text += " People reach about 94%."
     counts = confusions.set_index("class")
     pairs = [(int(counts.loc[a, b]), a, b) for a in counts.index for b in counts.columns if a != b]
-    worst = "; ".join(f"{a} taken for {b} {n} times" for n, a, b in sorted(pairs, reverse=True)[:3])
+    worst = "; ".join(f"{a} taken for {b}, {n} times" for n, a, b in sorted(pairs, reverse=True)[:3])
     rows = [
         (r["class"], r["n"], r["correct"], percent(r["accuracy"]), percent(r["low"]), percent(r["high"]))
         for r in classes.to_dict("records")

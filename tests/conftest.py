@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import typing
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from cifar_lab import models
+from cifar_lab.recipe import Recipe, RecipeError
 
 # More threads spin while they wait for each other: on a busy machine that is a hundred times slower, not faster.
 torch.set_num_threads(1)
@@ -60,3 +65,25 @@ def make_tree(tmp_path: Path) -> Callable[..., Path]:
         return root
 
     return make
+
+
+@pytest.fixture
+def another() -> Callable[[str, str], Any]:
+    """A function from an architecture and its own field to a legal value which is not the default, and cheap."""
+
+    def find(arch: str, name: str) -> Any:
+        default = models.parameters(arch)[name]
+        hint = typing.get_type_hints(models.network_class(arch).__init__)[name]
+        if typing.get_origin(hint) is typing.Literal:
+            wanted = list(typing.get_args(hint))
+        else:
+            wanted = {bool: [True, False], int: [8, 16, 3, 2, 1], float: [0.5, 0.25, 2.0]}.get(hint, [])
+        for value in wanted:
+            try:
+                if value != default and Recipe(**{"arch": arch, name: value}):
+                    return value
+            except RecipeError:
+                continue
+        raise AssertionError(f"{arch}.{name}: say in `another` what it may become")
+
+    return find

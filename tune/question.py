@@ -56,8 +56,7 @@ class SearchOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.name is not None and (self.name in ("", ".", "..") or Path(self.name).name != self.name):
-            raise InputError(f"name: {self.name!r}. Legal: the name of a folder, without a slash.")
+        cli.check_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +139,8 @@ def ask(argv: Sequence[str]) -> Question:
         earlier = read_question(folder)
         given = {**earlier["given"], **given}
         options = SearchOptions(**{**earlier["search"], **own})
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"name: {name!r} exists in {options.results_dir} already, and results are never overwritten. "
-            "Go on with that search by --resume, or take another --name."
-        )
+    else:
+        cli.check_new(folder)
     base, space = space_for(given.get("arch", "resnet"), given)
     if options.grace_period > base.max_epochs:
         raise InputError(f"grace_period: {options.grace_period}. Legal: 1 to {base.max_epochs}, which is max_epochs.")

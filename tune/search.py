@@ -8,7 +8,6 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 
@@ -70,16 +69,9 @@ class Search:
     def claim(self) -> None:
         """Make the search's folder; see that it can be written, and that the disk holds what is to come."""
         place, needed = self.options.results_dir, self.bytes_needed()
-        try:
-            existed = self.folder.exists()
-            question_file(self.folder).parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder) as probe:
-                probe.write(b"x")
-            free = shutil.disk_usage(self.folder).free
-        except OSError as error:
-            raise InputError(
-                f"results_dir: {place!r} cannot be written ({error.strerror}). Legal: a folder you may write to."
-            ) from error
+        existed = self.folder.exists()
+        cli.make_folder(question_file(self.folder).parent, place)
+        free = shutil.disk_usage(self.folder).free
         if free < needed:
             if not existed:
                 shutil.rmtree(self.folder)

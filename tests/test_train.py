@@ -1,0 +1,382 @@
+"""Training: it learns, says what sklearn says, resumes bit by bit, and refuses what it cannot trust."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+from cifar_lab import precision, train
+from cifar_lab.classifier import ImageClassifier, macro_f1
+from cifar_lab.data import CIFAR10DataModule, DataError
+from cifar_lab.recipe import InputError, Recipe
+from cifar_lab.train import CURVE_COLUMNS, CheckpointError, Row, Run, ended_run, fit, read_checkpoint
+
+EPOCHS = 4
+
+
+def recipe(**fields: Any) -> Recipe:
+    small = {
+        "arch": "classic_cnn",
+        "width": 3,
+        "limit_train": 120,
+        "max_epochs": EPOCHS,
+        "optimizer": "adam",
+        "lr": 3e-3,
+    }
+    return Recipe(**{**small, "dataset": "digits", "precision": "32", "rotate": 0.0, **fields})
+
+
+def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = read_checkpoint(folder / name)["state_dict"]
+    return found
+
+
+def curves(run: Run) -> list[Row]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
+
+
+class InterruptionError(Exception):
+    """What a test stops a training with."""
+
+
+def interrupted(asked: Recipe, folder: Path, epochs: int) -> None:
+    def stop(row: Row) -> None:
+        if row["epoch"] == epochs:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        fit(asked, folder, on_epoch=stop)
+
+
+# What a training leaves
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(session_cache))
+        patch.delenv("CIFAR_LAB_DATA", raising=False)
+        asked = Recipe(
+            arch="classic_cnn", dataset="digits", optimizer="adam", lr=1e-3, max_epochs=12, flip="none", rotate=0.0,
+            crop=2, batch_size=32, precision="32",
+        )  # fmt: skip
+        return fit(asked, tmp_path_factory.mktemp("learned"))
+
+
+def test_digits_are_learned(learned: Run) -> None:
+    assert learned.best["val_acc"] > 0.9
+    assert learned.history[-1]["train_loss"] < learned.history[0]["train_loss"] / 2
+    assert not learned.diverged
+
+
+def test_a_row_has_the_names_of_the_curves(learned: Run) -> None:
+    assert [row["epoch"] for row in learned.history] == list(range(1, 13))
+    for row in learned.history:
+        assert tuple(row) == CURVE_COLUMNS and row["seconds"] > 0 and row["lr"] == 1e-3
+
+
+def test_the_metrics_are_sklearns_of_the_best_checkpoint(learned: Run) -> None:
+    content = read_checkpoint(learned.best_checkpoint)
+    model = ImageClassifier(**content["hyper_parameters"])
+    model.load_state_dict(content["state_dict"])
+    data = CIFAR10DataModule(learned.recipe)
+    with torch.no_grad():
+        probabilities = model.eval()(data.set.images[data.val_indices]).double().softmax(1).numpy()
+    labels, said = data.set.labels[data.val_indices].numpy(), probabilities.argmax(1)
+    assert learned.best["val_acc"] == accuracy_score(labels, said)
+    assert learned.best["val_macro_f1"] == pytest.approx(f1_score(labels, said, average="macro"))
+    assert learned.best["val_loss"] == pytest.approx(log_loss(labels, probabilities), rel=1e-5)
+
+
+def test_macro_f1_counts_an_absent_class_as_zero() -> None:
+    rng = np.random.default_rng(0)
+    labels, said = rng.integers(0, 4, 50), rng.integers(0, 4, 50)
+    confusion = np.zeros((5, 5), int)
+    np.add.at(confusion, (labels, said), 1)
+    expected = f1_score(labels, said, labels=range(5), average="macro", zero_division=0)
+    assert float(macro_f1(torch.from_numpy(confusion))) == pytest.approx(expected)
+
+
+def test_the_best_epoch_is_the_first_of_the_highest() -> None:
+    losses = {"train_loss": 1.0, "val_loss": 1.0}
+    rows: list[Row] = [{"epoch": i + 1, "val_acc": acc, **losses} for i, acc in enumerate((0.1, 0.5, 0.5, 0.2))]
+    assert Run(recipe(), Path(), rows).best["epoch"] == 2
+
+
+def test_best_holds_the_weights_of_the_best_epoch(tmp_path: Path) -> None:
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+    run = fit(recipe(), tmp_path, on_epoch=lambda row: kept.update({int(row["epoch"]): weights(tmp_path)}))
+    best = weights(tmp_path, "best.ckpt")
+    assert all(torch.equal(best[name], tensor) for name, tensor in kept[int(run.best["epoch"])].items())
+
+
+def test_checkpoints_hold_tensors_and_primitives(learned: Run) -> None:
+    for name in ("best.ckpt", "last.ckpt"):
+        content = torch.load(learned.folder / name, weights_only=True)
+        assert Recipe(**content["hyper_parameters"]["recipe"]) == learned.recipe
+        assert content["hyper_parameters"]["classes"] == list("0123456789")
+    assert sorted(p.name for p in learned.folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_the_precision_that_was_measured_is_in_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "resolve", lambda asked: asked.replace(precision="32"))
+    asked = recipe(precision="auto", max_epochs=1)
+    assert fit(asked, tmp_path).recipe.precision == "32"
+    monkeypatch.setattr(precision, "resolve", lambda asked: asked.replace(precision="bf16"))
+    again = fit(asked, tmp_path, resume=True)
+    assert again.recipe.precision == "32", "a resumed run is the same run"
+
+
+def test_absent_images_are_said_before_anything_is_trained(tmp_path: Path) -> None:
+    with pytest.raises(DataError):
+        fit(recipe(dataset="folder", data_dir=str(tmp_path / "absent")), tmp_path / "run")
+
+
+# Resuming
+
+PLATEAU = {"schedule": "plateau", "lr_patience": 0, "optimizer": "sgd", "lr": 1e-5}
+SAME: dict[str, dict[str, Any]] = {
+    "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
+    "adam": {"optimizer": "adam"},
+    "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
+    "step": {"schedule": "step", "lr_step": 1},
+    "plateau": PLATEAU,
+    "plateau after warm-up": {**PLATEAU, "warmup_epochs": 1.5},
+    "cosine after warm-up": {"schedule": "cosine", "warmup_epochs": 2.5},
+    "onecycle": {"schedule": "onecycle"},
+    "linear": {"schedule": "linear"},
+    "dropout": {"dropout": 0.5},
+    "mixup": {"mixup": 1.0},
+    "cutmix": {"cutmix": 1.0, "label_smoothing": 0.1},
+    "ema": {"ema": 0.9},
+    "rotate and cutout": {"rotate": 30.0, "cutout": 8, "flip": "alternating"},
+    "resnet": {"arch": "resnet", "width": 8, "stem": "imagenet", "dropout": 0.2, "limit_train": 65, "batch_size": 32},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", SAME.values(), ids=SAME)
+def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(fields: dict[str, Any], tmp_path: Path) -> None:
+    asked = recipe(**fields)
+    whole = fit(asked, tmp_path / "whole")
+    interrupted(asked, tmp_path / "parts", 2)
+    torch.manual_seed(12345), torch.rand(7)  # another process has drawn other numbers
+    parts = fit(asked, tmp_path / "parts", resume=True)
+    assert curves(parts) == curves(whole) and len(parts.history) == EPOCHS
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
+        assert one.keys() == other.keys()
+        assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+def test_a_plateau_drops_the_lr_at_all(tmp_path: Path) -> None:
+    rates = [row["lr"] for row in fit(recipe(**SAME["plateau"]), tmp_path).history]
+    assert rates[0] == 1e-5 and rates[-1] < 1e-5, "else the test above would prove nothing"
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_early_stopping_survives_a_resume(tmp_path: Path, after: int) -> None:
+    asked = recipe(optimizer="sgd", lr=1e-9, momentum=0.0, early_stop_patience=3, max_epochs=9)
+    whole = fit(asked, tmp_path / "whole")
+    interrupted(asked, tmp_path / "parts", after)
+    assert curves(fit(asked, tmp_path / "parts", resume=True)) == curves(whole)
+    assert len(whole.history) == 4, "one epoch, then three without a better val_acc"
+
+
+def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path) -> None:
+    whole = fit(recipe(), tmp_path / "whole")
+    for epoch in range(1, EPOCHS):
+
+        def stop(row: Row, epoch: int = epoch) -> None:
+            if row["epoch"] == epoch:
+                raise InterruptionError
+
+        with pytest.raises(InterruptionError):
+            fit(recipe(), tmp_path / "parts", resume=True, on_epoch=stop)
+    assert curves(fit(recipe(), tmp_path / "parts", resume=True)) == curves(whole)
+
+
+def test_resuming_a_finished_run_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fit(recipe(), tmp_path)
+    stamp = (tmp_path / "last.ckpt").stat().st_mtime_ns
+    monkeypatch.setattr(train, "trainer", lambda *_, **__: pytest.fail("trained again"))
+    heard: list[Row] = []
+    after = fit(recipe(), tmp_path, resume=True, on_epoch=heard.append)
+    assert after.history == before.history and heard == before.history[-1:]
+    assert (tmp_path / "last.ckpt").stat().st_mtime_ns == stamp
+
+
+def test_a_run_interrupted_after_its_last_epoch_is_finished(tmp_path: Path) -> None:
+    interrupted(recipe(), tmp_path, EPOCHS)
+    ended = ended_run(tmp_path)
+    assert ended is not None and len(ended.history) == EPOCHS
+    assert fit(recipe(), tmp_path, resume=True).history == ended.history
+
+
+def test_ended_run_knows_what_has_not_ended(tmp_path: Path) -> None:
+    assert ended_run(tmp_path) is None
+    interrupted(recipe(), tmp_path, 2)
+    assert ended_run(tmp_path) is None
+
+
+def test_a_resumed_run_first_repeats_the_last_epoch(tmp_path: Path) -> None:
+    interrupted(recipe(), tmp_path, 2)
+    heard: list[Row] = []
+    run = fit(recipe(), tmp_path, resume=True, on_epoch=heard.append)
+    assert [row["epoch"] for row in heard] == [2, 3, 4] and heard[0] == run.history[1]
+
+
+def test_resume_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path) -> None:
+    assert len(fit(recipe(max_epochs=1), tmp_path / "new", resume=True).history) == 1
+
+
+def test_without_resume_an_old_run_is_begun_anew(tmp_path: Path) -> None:
+    before = fit(recipe(max_epochs=2), tmp_path)
+    assert curves(fit(recipe(max_epochs=2), tmp_path)) == curves(before)
+
+
+def test_resuming_with_another_recipe_is_refused(tmp_path: Path) -> None:
+    interrupted(recipe(), tmp_path, 1)
+    with pytest.raises(CheckpointError) as caught:
+        fit(recipe(lr=0.5, batch_size=32), tmp_path, resume=True)
+    assert "lr was 0.003, asked 0.5" in str(caught.value) and "batch_size was 64, asked 32" in str(caught.value)
+    assert isinstance(caught.value, InputError)
+
+
+# Divergence
+
+
+def test_a_diverged_run_ends_and_is_marked(tmp_path: Path) -> None:
+    run = fit(recipe(optimizer="sgd", lr=1e30), tmp_path)
+    assert run.diverged and len(run.history) == 1
+    assert not math.isfinite(run.history[-1]["train_loss"])
+    ended = ended_run(tmp_path)
+    assert ended is not None and ended.diverged
+
+
+def test_a_diverged_run_keeps_its_earlier_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = ImageClassifier.training_step
+
+    def worse(self: ImageClassifier, batch: Any) -> Any:
+        return plain(self, batch) * (math.nan if self.current_epoch == 2 else 1)
+
+    monkeypatch.setattr(ImageClassifier, "training_step", worse)
+    kept: list[dict[str, torch.Tensor]] = []
+    run = fit(recipe(), tmp_path, on_epoch=lambda _: kept.append(weights(tmp_path, "best.ckpt")))
+    assert run.diverged and len(run.history) == 3 and math.isnan(run.history[2]["val_loss"])
+    assert run.best["epoch"] < 3, "the best is never an epoch that diverged"
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path, "best.ckpt").values())
+    assert all(torch.equal(kept[1][name], tensor) for name, tensor in weights(tmp_path, "best.ckpt").items())
+
+
+def test_the_best_epoch_of_a_diverged_run_is_one_with_losses() -> None:
+    good = {"epoch": 1, "train_loss": 2.0, "val_loss": 2.0, "val_acc": 0.1}
+    bad = {"epoch": 2, "train_loss": math.nan, "val_loss": math.nan, "val_acc": 0.2}
+    assert Run(recipe(), Path(), [good, bad], diverged=True).best == good
+
+
+# Checkpoints that cannot be trusted
+
+
+def test_an_absent_checkpoint_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such checkpoint"):
+        read_checkpoint(tmp_path / "absent.ckpt")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_refused(learned: Run, tmp_path: Path, share: float) -> None:
+    whole = (learned.folder / "last.ckpt").read_bytes()
+    (tmp_path / "last.ckpt").write_bytes(whole[: int(len(whole) * share)])
+    for attempt in (
+        lambda: read_checkpoint(tmp_path / "last.ckpt"),
+        lambda: fit(learned.recipe, tmp_path, resume=True),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            attempt()
+        assert str(tmp_path / "last.ckpt") in str(caught.value)
+
+
+class Malice:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = str(place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.place,)
+
+
+@pytest.mark.parametrize("through_torch", [True, False])
+def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, through_torch: bool) -> None:
+    place, content = tmp_path / "last.ckpt", {"hyper_parameters": Malice(tmp_path / "harm"), "state_dict": {}}
+    if through_torch:
+        torch.save(content, place)
+    else:
+        place.write_bytes(pickle.dumps(content))
+    for attempt in (lambda: read_checkpoint(place), lambda: fit(recipe(), tmp_path, resume=True)):
+        with pytest.raises(CheckpointError):
+            attempt()
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, [1, 2], {"hyper_parameters": {}, "state_dict": {}}])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match="is no checkpoint of cifar_lab"):
+        read_checkpoint(tmp_path / "other.ckpt")
+
+
+def test_weights_alone_are_no_run_to_resume(tmp_path: Path) -> None:
+    fit(recipe(max_epochs=1), tmp_path)
+    (tmp_path / "best.ckpt").replace(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError):
+        fit(recipe(max_epochs=1), tmp_path, resume=True)
+
+
+# Averages and devices
+
+
+def test_the_average_is_what_is_validated(tmp_path: Path) -> None:
+    asked = recipe(ema=0.95)
+    run = fit(asked, tmp_path)
+    content = read_checkpoint(tmp_path / "last.ckpt")
+    model = ImageClassifier(**content["hyper_parameters"])
+    model.load_state_dict(content["state_dict"])
+    model.eval()
+    data = CIFAR10DataModule(asked)
+    images, labels = data.set.images[data.val_indices], data.set.labels[data.val_indices]
+    assert model.averaged is not None
+    with torch.no_grad():
+        averaged = torch.nn.functional.cross_entropy(model.averaged(model.normalise(images)), labels)
+        raw = torch.nn.functional.cross_entropy(model.network(model.normalise(images)), labels)
+    assert (
+        run.history[-1]["val_loss"] == pytest.approx(float(averaged), rel=1e-5) != pytest.approx(float(raw), rel=1e-3)
+    )
+
+
+def test_the_average_does_not_change_what_is_trained(tmp_path: Path) -> None:
+    one, other = fit(recipe(ema=0.9), tmp_path / "ema"), fit(recipe(), tmp_path / "plain")
+    assert [row["train_loss"] for row in one.history] == [row["train_loss"] for row in other.history]
+
+
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert precision.device() == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert precision.device() == torch.device("cuda")
+    assert precision.processor() == "H200" and train.hardware() == "1 x H200"
+
+
+def test_the_difference_of_two_recipes_names_what_differs() -> None:
+    was = recipe()
+    assert train.difference(was, dataclasses.replace(was, lr=0.5)) == "lr was 0.003, asked 0.5"
