@@ -190,6 +190,7 @@ def _archive(
 ) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
     """torchvision's CIFAR-10: an archive, or what it unpacks to, MD5-checked."""
     from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
     archive, unpacked = root / CIFAR10.filename, root / CIFAR10.base_folder
     if not download and not archive.exists() and not unpacked.is_dir():
@@ -197,37 +198,27 @@ def _archive(
 
     def decode() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
         try:
-            # A named folder is read, never written to: its archive is unpacked in the cache.
-            home = root
-            if not download and not unpacked.is_dir():
-                home = cache_folder() / "downloads"
-                home.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(archive, home / archive.name)
-            whole = CIFAR10(str(home), train=part == "train", download=home != root or download)
+            if download:
+                root.mkdir(parents=True, exist_ok=True)
+                with FileLock(root / "lock"):  # the other part may be wanted at the same time
+                    whole = CIFAR10(str(root), train=part == "train", download=True)
+            elif unpacked.is_dir():
+                whole = CIFAR10(str(root), train=part == "train")
+            else:
+                # A named folder is read, never written to: its archive is unpacked elsewhere.
+                if not check_integrity(str(archive), CIFAR10.tgz_md5):
+                    raise DataError(f"{archive} is damaged: its MD5 is not {CIFAR10.tgz_md5}. {ways}")
+                with tempfile.TemporaryDirectory(dir=cache_folder()) as aside:
+                    extract_archive(str(archive), aside)
+                    whole = CIFAR10(aside, train=part == "train")
         except (OSError, RuntimeError, EOFError) as error:
             raise DataError(f"CIFAR-10 could not be had from {root}: {error}. {ways}") from error
         images = np.ascontiguousarray(whole.data.transpose(0, 3, 1, 2))
         return images, np.array(whole.targets, np.int64), CIFAR10_CLASSES
 
-    if unpacked.is_dir():
-        return sorted(p for p in unpacked.iterdir() if p.is_file()), decode
-    return ([archive] if archive.exists() else []), decode
-
-
-def _stratified(indices: np.ndarray, labels: np.ndarray, first: int | float, seed: int, asked: str) -> list[np.ndarray]:
-    from sklearn.model_selection import train_test_split
-
-    try:
-        halves: list[np.ndarray] = train_test_split(
-            indices, train_size=first, stratify=labels[indices], random_state=seed
-        )
-    except ValueError as error:
-        counts = np.bincount(labels[indices])
-        raise DataError(
-            f"{asked} cannot be drawn, stratified, from {len(indices)} images in {len(counts)} classes of "
-            f"{counts.min()} to {counts.max()} ({error})."
-        ) from error
-    return [np.sort(half) for half in halves]
+    if download:
+        return [], decode  # its content is known by its MD5
+    return (sorted(p for p in unpacked.iterdir() if p.is_file()) if unpacked.is_dir() else [archive]), decode
 
 
 def split(labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
@@ -236,23 +227,35 @@ def split(labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: the fractions or the limit leave a class without images, or ask for more than there are.
     """
+    from sklearn.model_selection import train_test_split
+
     classes = labels.numpy()
-    train, validation = _stratified(
-        np.arange(len(classes)),
-        classes,
-        1 - recipe.val_fraction,
-        recipe.split_seed,
-        f"val_fraction: {recipe.val_fraction}",
-    )
-    if recipe.limit_train is not None and recipe.limit_train != len(train):
-        if recipe.limit_train > len(train):
-            raise DataError(
-                f"limit_train: {recipe.limit_train}. Legal: 1 to {len(train)}, the images of the training part."
-            )
-        train, _ = _stratified(
-            train, classes, recipe.limit_train, recipe.split_seed, f"limit_train: {recipe.limit_train}"
-        )
-    return torch.from_numpy(train), torch.from_numpy(validation)
+    everything, fraction, seed = np.arange(len(classes)), recipe.val_fraction, recipe.split_seed
+    try:
+        train, validation = train_test_split(everything, test_size=fraction, stratify=classes, random_state=seed)
+    except ValueError as error:
+        counts = np.bincount(classes)
+        raise DataError(
+            f"val_fraction: {fraction} cannot be drawn, stratified, from {len(classes)} images in {len(counts)} "
+            f"classes of {counts.min()} to {counts.max()} ({error})."
+        ) from error
+    train, limit = np.sort(train), recipe.limit_train
+    if limit is not None:
+        fewest = len(np.unique(classes))
+        if not fewest <= limit <= len(train):
+            raise DataError(f"limit_train: {limit}. Legal: {fewest}, one a class, to {len(train)}, the training part.")
+        train = _first_of_each_class(train, classes[train], limit, seed)
+    return torch.from_numpy(train), torch.from_numpy(np.sort(validation))
+
+
+def _first_of_each_class(indices: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """A stratified draw of `count`; a smaller draw is part of a larger one, and no class is left out."""
+    order = np.random.default_rng(seed).permutation(len(indices))
+    place = np.empty(len(indices))
+    for label in np.unique(labels):
+        own = order[labels[order] == label]
+        place[own] = np.arange(len(own)) / len(own)
+    return np.sort(indices[order[np.argsort(place[order], kind="stable")[:count]]])
 
 
 def statistics(moments: Tensor, normalize: str) -> tuple[Tensor, Tensor]:

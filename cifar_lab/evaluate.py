@@ -87,7 +87,7 @@ class Evaluation:
 
     def write(self, folder: Path) -> None:
         """Leave test_predictions.csv, per_class.csv and confusion.csv in the folder."""
-        from cifar_lab.train import write_csv
+        from cifar_lab.files import write_csv
 
         columns = [f"p{i}" for i in range(len(self.classes))]
         write_csv(
@@ -126,7 +126,7 @@ def evaluate(checkpoint: Path | str, *, data_dir: str | None = None) -> Evaluati
 
     from cifar_lab.classifier import ImageClassifier
     from cifar_lab.data import EVALUATION_BATCH, Batches, DataError, load
-    from cifar_lab.train import read_checkpoint, trainer
+    from cifar_lab.fit import read_checkpoint, trainer
 
     content = read_checkpoint(Path(checkpoint))
     saved = content["hyper_parameters"]
@@ -149,7 +149,7 @@ def add_test_figures(folder: Path, evaluation: Evaluation, accuracies: Sequence[
 
     `accuracies` are those of each seed of the same recipe; test_acc is of the one whose predictions are written.
     """
-    from cifar_lab.train import write_atomically
+    from cifar_lab.files import write_atomically
 
     evaluation.write(folder)
     place = folder / "best.json"

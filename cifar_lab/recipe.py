@@ -159,12 +159,11 @@ class Recipe:
         return dataclasses.asdict(self)
 
     def replace(self, **changes: Any) -> Recipe:
-        """The same recipe with some fields changed, checked again; another arch takes only the fields both have."""
-        arch = changes.get("arch", self.arch)
-        if arch == self.arch:
-            return Recipe(**{**self.to_dict(), **changes})
-        known = {f.name for f in dataclasses.fields(recipe_class(arch))}
-        return Recipe(**{**{k: v for k, v in self.to_dict().items() if k in known}, **changes})
+        """The same recipe with some fields changed, checked again; another arch brings its own fields' defaults."""
+        kept = self.to_dict()
+        if changes.get("arch", self.arch) != self.arch:
+            kept = {f.name: kept[f.name] for f in dataclasses.fields(Recipe)}
+        return Recipe(**{**kept, **changes})
 
     def network_parameters(self) -> dict[str, Any]:
         """The fields which the architecture itself declares: what its network is made from."""
@@ -207,7 +206,8 @@ def check_fields(record: Any) -> None:
     Raises:
         RecipeError: quotes the first impossible value, and what would be legal.
     """
-    hints = _hints(type(record))
+    kind: type = type(record)
+    hints = _hints(kind)
     for f in dataclasses.fields(record):
         object.__setattr__(record, f.name, _checked(f.name, getattr(record, f.name), hints[f.name], f.metadata))
 

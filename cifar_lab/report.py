@@ -13,7 +13,7 @@ import pandas as pd
 
 from cifar_lab import plots
 from cifar_lab.evaluate import t_interval
-from cifar_lab.train import write_atomically
+from cifar_lab.files import write_atomically
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #666; --line: #ddd; --card: #f6f7f8 }

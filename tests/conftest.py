@@ -75,9 +75,10 @@ def another() -> Callable[[str, str], Any]:
         default = models.parameters(arch)[name]
         hint = typing.get_type_hints(models.network_class(arch).__init__)[name]
         if typing.get_origin(hint) is typing.Literal:
-            wanted = list(typing.get_args(hint))
+            wanted: list[Any] = list(typing.get_args(hint))
         else:
-            wanted = {bool: [True, False], int: [8, 16, 3, 2, 1], float: [0.5, 0.25, 2.0]}.get(hint, [])
+            by_type: dict[Any, list[Any]] = {bool: [True, False], int: [16, 8, 3, 2, 1], float: [0.5, 0.25, 2.0]}
+            wanted = by_type.get(hint, [])
         for value in wanted:
             try:
                 if value != default and Recipe(**{"arch": arch, name: value}):

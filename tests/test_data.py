@@ -245,7 +245,7 @@ def test_a_killed_decode_leaves_nothing_that_looks_whole(
 ) -> None:
     recipe = tree(make_tree())
     with monkeypatch.context() as patch:
-        patch.setattr(data.json, "dumps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("json.dumps", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(recipe, "train")
     assert not [entry for entry in fresh_cache.iterdir() if entry.is_dir()]
@@ -308,7 +308,7 @@ def test_a_folder_may_have_any_classes_and_sizes(make_tree: MakeTree) -> None:
     images = load(tree(root), "train")
     assert images.classes == tuple(sorted(("Ä pple", "zebra", "b"))) and images.images.shape == (31, 3, 32, 32)
     assert torch.bincount(images.labels).tolist() == [11 if name == "b" else 10 for name in images.classes]
-    assert images.images[10].unique().tolist() == [77]
+    assert set(images.images[10].flatten().tolist()) == {77}
 
 
 def test_a_32x32_folder_is_read_pixel_by_pixel(make_tree: MakeTree) -> None:

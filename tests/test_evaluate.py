@@ -20,8 +20,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 from cifar_lab import data
 from cifar_lab.data import DataError
 from cifar_lab.evaluate import Evaluation, add_test_figures, evaluate, t_interval, wilson
+from cifar_lab.fit import CheckpointError, fit
 from cifar_lab.recipe import Recipe
-from cifar_lab.train import CheckpointError, fit
 
 
 def wilson_by_hand(correct: int, n: int) -> tuple[float, float]:

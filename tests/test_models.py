@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,7 +44,7 @@ def test_images_become_one_logit_a_class(arch: str, classes: int) -> None:
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_gradient_reaches_every_parameter(arch: str) -> None:
     network = make(arch)
-    nn.functional.cross_entropy(network(images(8)), torch.arange(8)).backward()
+    nn.functional.cross_entropy(network(images(8)), torch.arange(8)).backward()  # type: ignore[no-untyped-call]
     assert not [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
 
 
@@ -89,6 +92,20 @@ def test_resnet_with_the_imagenet_stem_is_torchvisions(depth: int) -> None:
     ours.eval(), theirs.eval()
     with torch.no_grad():
         torch.testing.assert_close(ours(images(4)), theirs(images(4)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 2, 4, 8])
+def test_a_narrow_resnet_does_not_crash_the_process(width: int) -> None:
+    # In a process of its own: what fails here is native code, a strided 1x1 convolution in channels_last.
+    code = (
+        "import sys, torch; from cifar_lab.models import build; from cifar_lab.recipe import Recipe;"
+        "torch.set_num_threads(1); network = build(Recipe(arch='resnet', width=int(sys.argv[1])), 10);"
+        "kept = torch.channels_last if network.CHANNELS_LAST else torch.contiguous_format;"
+        "network = network.to(memory_format=kept); images = torch.randn(64, 3, 32, 32).contiguous(memory_format=kept);"
+        "[network(images).sum().backward() for _ in range(10)]; network.eval(); network(images[:37])"
+    )
+    command = [sys.executable, "-c", code, str(width)]
+    assert subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 32), ("imagenet", 8)])

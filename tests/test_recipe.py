@@ -263,7 +263,7 @@ SHORT: dict[str, Any] = {k: v for k, v in CONTEXT.items() if k != "width"} | {"l
 
 def left(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
     """What a training leaves: its curves without the seconds, and its weights."""
-    from cifar_lab.train import fit
+    from cifar_lab.fit import fit
 
     run = fit(Recipe(**fields), folder)
     weights = torch.load(folder / "last.ckpt", weights_only=True)["state_dict"]

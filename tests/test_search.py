@@ -20,16 +20,30 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix
 
 from cifar_lab.evaluate import t_interval, wilson
-from cifar_lab.train import sha256
+from cifar_lab.files import sha256
 from tune.scheduler import Rungs
 
 CURVES = ["trial_id", "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds"]
 METRICS = ["epochs", "val_acc", "val_loss", "val_macro_f1", "train_acc", "best_epoch", "seconds", "status", "reason"]
 SEARCHED = ["augment", "batch_norm", "dropout", "init", "lr", "weight_decay"]
-QUESTION = (
-    "--arch classic_cnn --dataset digits --optimizer adam --limit_train 200 --num_samples 5 --max_epochs 4 "
-    "--finalists 2 --finalist_seeds 2"
-).split()
+QUESTION = [
+    "--arch",
+    "classic_cnn",
+    "--dataset",
+    "digits",
+    "--optimizer",
+    "adam",
+    "--limit_train",
+    "200",
+    "--num_samples",
+    "5",
+    "--max_epochs",
+    "4",
+    "--finalists",
+    "2",
+    "--finalist_seeds",
+    "2",
+]
 
 
 def start(folder: Path, *words: str, columns: int = 80) -> subprocess.Popen[str]:
@@ -74,19 +88,29 @@ def whole(results: Path, session_cache: Path) -> tuple[Path, subprocess.Complete
 
 def test_a_search_leaves_exactly_the_promised_files(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = whole
-    left = sorted(p.name for p in folder.iterdir())
-    assert left == sorted(
-        ["best.json", "checkpoints", "confusion.csv", "curves.csv", "figures", "finalists.csv", "per_class.csv"]
-        + ["ray", "report.html", "test_predictions.csv", "trials.csv"]
-    )
+    left = {p.name for p in folder.iterdir()}
+    promised = "best.json checkpoints confusion.csv curves.csv figures finalists.csv per_class.csv ray report.html"
+    assert left == {*promised.split(), "test_predictions.csv", "trials.csv"}
     assert list(pd.read_csv(folder / "trials.csv")) == ["trial_id", *SEARCHED, *METRICS]
     assert list(pd.read_csv(folder / "curves.csv")) == CURVES
     assert list(pd.read_csv(folder / "finalists.csv")) == ["trial_id", "seed", "best_epoch", "val_acc", "seconds"]
     assert list(pd.read_csv(folder / "per_class.csv")) == ["class", "n", "correct", "accuracy", "low", "high"]
     assert list(pd.read_csv(folder / "test_predictions.csv"))[:4] == ["index", "label", "prediction", "p0"]
     assert set(json.loads((folder / "best.json").read_text())) == {
-        *("recipe trial_id epoch val_acc test_acc test_n test_low test_high test_acc_seeds checkpoint sha256").split(),
-        *("seed versions hardware command").split(),
+        *[
+            "recipe",
+            "trial_id",
+            "epoch",
+            "val_acc",
+            "test_acc",
+            "test_n",
+            "test_low",
+            "test_high",
+            "test_acc_seeds",
+            "checkpoint",
+            "sha256",
+        ],
+        *["seed", "versions", "hardware", "command"],
     }
 
 
@@ -233,9 +257,20 @@ def test_permuting_the_test_labels_changes_nothing_that_is_searched(
             for j in range(count):
                 pixels = noise.integers(60 * i, 60 * i + 110, (32, 32, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "images" / part / name / f"{j:02}.png")
-    words = (
-        "--arch classic_cnn --dataset folder --num_samples 3 --max_epochs 2 --finalists 1 --finalist_seeds 1".split()
-    )
+    words = [
+        "--arch",
+        "classic_cnn",
+        "--dataset",
+        "folder",
+        "--num_samples",
+        "3",
+        "--max_epochs",
+        "2",
+        "--finalists",
+        "1",
+        "--finalist_seeds",
+        "1",
+    ]
     common = [*words, "--optimizer", "adam", "--max_concurrent", "1", "--data_dir", str(tmp_path / "images")]
     assert search(tmp_path, "--name", "right", *common).returncode == 0
     test = tmp_path / "images" / "test"

@@ -14,11 +14,11 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from cifar_lab import precision, train
+from cifar_lab import machine
 from cifar_lab.classifier import ImageClassifier, macro_f1
 from cifar_lab.data import CIFAR10DataModule, DataError
+from cifar_lab.fit import CURVE_COLUMNS, CheckpointError, Row, Run, difference, ended_run, fit, read_checkpoint
 from cifar_lab.recipe import InputError, Recipe
-from cifar_lab.train import CURVE_COLUMNS, CheckpointError, Row, Run, ended_run, fit, read_checkpoint
 
 EPOCHS = 4
 
@@ -128,10 +128,10 @@ def test_checkpoints_hold_tensors_and_primitives(learned: Run) -> None:
 
 
 def test_the_precision_that_was_measured_is_in_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "resolve", lambda asked: asked.replace(precision="32"))
+    monkeypatch.setattr(machine, "resolve_precision", lambda asked: asked.replace(precision="32"))
     asked = recipe(precision="auto", max_epochs=1)
     assert fit(asked, tmp_path).recipe.precision == "32"
-    monkeypatch.setattr(precision, "resolve", lambda asked: asked.replace(precision="bf16"))
+    monkeypatch.setattr(machine, "resolve_precision", lambda asked: asked.replace(precision="bf16"))
     again = fit(asked, tmp_path, resume=True)
     assert again.recipe.precision == "32", "a resumed run is the same run"
 
@@ -369,14 +369,14 @@ def test_the_average_does_not_change_what_is_trained(tmp_path: Path) -> None:
 
 def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert precision.device() == torch.device("cpu")
+    assert machine.device() == torch.device("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert precision.device() == torch.device("cuda")
-    assert precision.processor() == "H200" and train.hardware() == "1 x H200"
+    assert machine.device() == torch.device("cuda")
+    assert machine.processor() == "H200" and machine.hardware() == "1 x H200"
 
 
 def test_the_difference_of_two_recipes_names_what_differs() -> None:
     was = recipe()
-    assert train.difference(was, dataclasses.replace(was, lr=0.5)) == "lr was 0.003, asked 0.5"
+    assert difference(was, dataclasses.replace(was, lr=0.5)) == "lr was 0.003, asked 0.5"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -12,8 +11,9 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from cifar_lab.files import read_csv, write_csv
+from cifar_lab.fit import CURVE_COLUMNS, Row, Run, best_row
 from cifar_lab.recipe import InputError
-from cifar_lab.train import CURVE_COLUMNS, Row, Run, write_csv
 
 Status = Literal["completed", "stopped", "diverged", "failed", "pending"]
 
@@ -30,8 +30,8 @@ class Trial:
 
     @property
     def best(self) -> Row | None:
-        """The row of the first epoch with the highest val_acc; None before the first epoch."""
-        return max(self.rows, key=lambda row: row["val_acc"], default=None)
+        """The row of the best epoch, as `best_row` has it; None before the first epoch."""
+        return best_row(self.rows) if self.rows else None
 
     @property
     def ranked(self) -> bool:
@@ -173,15 +173,6 @@ class Experiment:
                 (self.checkpoints(trial.trial_id) / "last.ckpt").unlink(missing_ok=True)
                 if trial.trial_id not in kept:
                     shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file as texts; none if it is absent."""
-    try:
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
 
 
 def locked(folder: Path) -> FileLock:

@@ -13,9 +13,9 @@ import pandas as pd
 
 from cifar_lab import cli, plots
 from cifar_lab import report as run_report
+from cifar_lab.files import write_atomically
 from cifar_lab.recipe import InputError
 from cifar_lab.report import note, percent, picture, section, table
-from cifar_lab.train import write_atomically
 from tune.space import SPACES, LogUniform
 
 

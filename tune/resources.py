@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
+import torch
 
+from cifar_lab import machine
 from cifar_lab.recipe import InputError
 from tune.question import SearchOptions
 
 
 def here() -> dict[str, float]:
     """This machine's CPU cores and GPUs, in Ray's names."""
-    import torch
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"CPU": float(cores), "GPU": float(torch.cuda.device_count())}
+    return {"CPU": float(machine.cores()), "GPU": float(torch.cuda.device_count())}
 
 
 def per_trial(options: SearchOptions, there: dict[str, float]) -> dict[str, float]:

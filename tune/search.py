@@ -9,14 +9,15 @@ import shutil
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from cifar_lab import cli, precision
+from cifar_lab import cli, machine
 from cifar_lab.data import CIFAR10DataModule
 from cifar_lab.evaluate import add_test_figures, evaluate
+from cifar_lab.files import write_atomically
+from cifar_lab.fit import Row, Run, ended_run, finite, write_best
 from cifar_lab.recipe import InputError
 from cifar_lab.report import headline
-from cifar_lab.train import Row, Run, ended_run, finite, write_atomically, write_best
 from tune import resources
 from tune.cluster import Job, cluster, run_jobs
 from tune.experiment import Experiment, Trial, locked
@@ -36,7 +37,7 @@ class Search:
         if question.earlier is not None:
             base = question.base.replace(precision=question.earlier["recipe"]["precision"])
         else:
-            base = precision.resolve(question.base)
+            base = machine.resolve_precision(question.base)
         self.question = dataclasses.replace(question, base=base)
         self.options, self.folder = question.options, question.folder
         self.data = CIFAR10DataModule(base)
@@ -145,12 +146,12 @@ class Search:
             if not self.experiment.pending():
                 self.run_finalists()
 
-    def view(self, title: str) -> View:
+    def view(self, title: str, rungs: Sequence[int] = ()) -> View:
         """The live view."""
         return View(
             self.experiment,
             self.seconds_left,
-            list(self.rungs.values),
+            rungs,
             self.question.base.max_epochs,
             self.question.quiet,
             title,
@@ -180,7 +181,7 @@ class Search:
             Job(trial_id, self.question.recipe(trial_id), experiment.checkpoints(trial_id))
             for trial_id in experiment.pending()
         ]
-        view = self.view("search")
+        view = self.view("search", list(self.rungs.values))
 
         def judge(trial_id: str, row: Row) -> bool:
             view.heard(trial_id, row)
@@ -226,7 +227,7 @@ class Search:
             if key not in experiment.finalists:
                 recipe = self.question.recipe(key[0]).replace(seed=key[1])
                 jobs[finalist_id(*key)] = Job(finalist_id(*key), recipe, experiment.checkpoints(finalist_id(*key)))
-        view = self.view(f"{len(jobs)} finalist trainings")
+        view = self.view(f"finalists, {len(jobs)} to train")
 
         def judge(job_id: str, row: Row) -> bool:
             view.heard(job_id, row)

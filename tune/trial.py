@@ -16,7 +16,7 @@ def run_trial(config: dict[str, Any]) -> None:
     Ray waits for the scheduler's decision in each report, so that a stopped trial trains no epoch in vain. The first
     report of a trial that goes on repeats its last epoch: the driver may have died before it heard of it.
     """
-    from cifar_lab.train import fit
+    from cifar_lab.fit import fit
 
     job = config["job"]
     fit(

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cifar_lab.train import Row
+from cifar_lab.fit import Row
 from tune.experiment import Experiment, Trial
 
 SHOWN = 12  # rows of the table
 HEARTBEAT = 60  # seconds after which plain output says how far it is, though no trial ended
+COLUMNS: tuple[tuple[str, int, Literal["left", "right"]], ...] = (
+    ("trial", 5, "left"),
+    ("epoch", 5, "right"),
+    ("rung", 4, "right"),
+    ("val_acc", 7, "right"),
+    ("best", 6, "right"),
+    ("state", 9, "left"),
+)
 STYLES = {"completed": "green", "diverged": "red", "failed": "red", "stopped": "dim", "pending": ""}
 
 
@@ -44,7 +52,7 @@ class View:
 
     experiment: Experiment
     seconds_left: Callable[[], float]
-    milestones: list[int]
+    milestones: Sequence[int]
     max_epochs: int
     quiet: bool = False
     title: str = "search"
@@ -107,12 +115,13 @@ class View:
 
     def render(self) -> Group:
         """The summary above the table: running jobs first, then the best of those ended."""
-        table = Table(box=None, pad_edge=False, expand=False, padding=(0, 2, 0, 0))
-        for name in ("trial", "epoch", "next rung", "val_acc", "best", "state"):
+        table = Table(box=None, pad_edge=False, expand=True, padding=(0, 2, 0, 0))
+        widest = max(len(job) for job in [*self.running, *self.experiment.trials])
+        for name, width, justify in COLUMNS:
             table.add_column(
-                name, justify="right" if name in ("epoch", "next rung", "val_acc", "best") else "left", no_wrap=True
+                name, min_width=max(width, widest if name == "trial" else 0), justify=justify, no_wrap=True
             )
-        table.add_column("settings", overflow="ellipsis", no_wrap=True)
+        table.add_column("settings", ratio=1, overflow="ellipsis", no_wrap=True)
         for job in sorted(self.running):
             trial = self.experiment.trials.get(job)
             table.add_row(*self._cells(job, trial, self.latest.get(job)), style="bold")
@@ -138,7 +147,7 @@ class View:
             f"{row['val_acc']:.4f}" if row else "",
             f"{best['val_acc']:.4f}" if best else "",
             "running" if running else trial.status if trial else "",
-            settings(trial.searched) if trial else "",
+            settings(self.experiment.trials[job.partition("-")[0]].searched),
         ]
 
 

@@ -1,11 +1,13 @@
-"""Which precision trains faster on this machine, measured once."""
+"""This machine: its processor, and which precision trains faster on it, measured once."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
 import statistics
 import time
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,30 @@ def processor() -> str:
     return f"{model}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def resolve(recipe: Recipe) -> Recipe:
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def hardware() -> str:
+    """The processor that trains, and how much of it."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {processor()}"
+    return f"{cores()} cores of {processor()}"
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a result depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("cifar_lab", "torch", "torchvision", "pytorch-lightning", "ray", "numpy", "scikit-learn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def resolve_precision(recipe: Recipe) -> Recipe:
     """The recipe with `precision` measured where it is "auto": the faster of 32 and bf16 for this architecture, here.
 
     The answer is kept in the cache, a line a processor, torch version and network.

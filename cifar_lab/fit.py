@@ -1,0 +1,263 @@
+"""Fit a recipe: `fit`, the checkpoints it leaves and reads."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
+
+from cifar_lab import machine
+from cifar_lab.classifier import ImageClassifier
+from cifar_lab.data import CIFAR10DataModule
+from cifar_lab.files import sha256, write_atomically
+from cifar_lab.recipe import InputError, Recipe
+
+Row = dict[str, float]
+CURVE_COLUMNS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds")
+TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
+
+
+class CheckpointError(InputError):
+    """A checkpoint is absent, unreadable, or holds more than tensors and primitives."""
+
+
+@dataclass
+class Run:
+    """What a training left: a row of metrics an epoch, and its checkpoints."""
+
+    recipe: Recipe
+    folder: Path
+    history: list[Row] = field(default_factory=list)
+    diverged: bool = False
+
+    @property
+    def best(self) -> Row:
+        """The row of the best epoch, as `best_row` has it."""
+        return best_row(self.history)
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The weights after the best epoch."""
+        return self.folder / "best.ckpt"
+
+
+def finite(row: Row) -> bool:
+    """Whether the losses of an epoch are numbers; a diverged training can show a finite val_acc."""
+    return math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])
+
+
+def best_row(history: Sequence[Row]) -> Row:
+    """The row of the first epoch with the highest val_acc; diverged epochs count only where there is no other."""
+    return max([row for row in history if finite(row)] or history, key=lambda row: row["val_acc"])
+
+
+class Recorder(Checkpoint):
+    """A row of metrics, the best and the last checkpoint after every epoch, then `on_epoch(row)`."""
+
+    def __init__(self, run: Run, on_epoch: Callable[[Row], None] | None) -> None:
+        self.run, self.on_epoch = run, on_epoch
+        self.finished = False
+
+    @property
+    def state_key(self) -> str:
+        return "Recorder"
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.run.history, "diverged": self.run.diverged, "finished": self.finished}
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.start = time.perf_counter()
+        self.lr = trainer.optimizers[0].param_groups[0]["lr"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, ImageClassifier)
+        row: Row = {"epoch": trainer.current_epoch + 1, **pl_module.metrics, "lr": self.lr}
+        row = {name: row.get(name, time.perf_counter() - self.start) for name in CURVE_COLUMNS}
+        history = self.run.history
+        history.append(row)
+        self.run.diverged = not finite(row)
+        if self.run.diverged:
+            trainer.should_stop = True
+        self.finished = trainer.should_stop or row["epoch"] >= self.run.recipe.max_epochs
+        if self.run.best is row and not self.run.diverged:
+            save_atomically(trainer, self.run.best_checkpoint, weights_only=True)
+        save_atomically(trainer, self.run.folder / "last.ckpt", weights_only=False)
+        if self.on_epoch is not None:
+            self.on_epoch(row)
+
+
+def save_atomically(trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
+    """Write a checkpoint aside, then rename it: at any moment the file at `path` is whole."""
+    aside = path.with_suffix(".part")
+    trainer.save_checkpoint(aside, weights_only=weights_only)
+    os.replace(aside, path)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, loaded without running any code in it.
+
+    Raises:
+        CheckpointError: no such file, or it is no checkpoint of tensors and primitives.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        content["hyper_parameters"]["recipe"], content["state_dict"]
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint.") from None
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is no checkpoint of cifar_lab, or it is damaged ({reason[:120]}).") from error
+    return dict(content)
+
+
+def recorded(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """What the Recorder kept in a checkpoint: history, diverged, finished.
+
+    Raises:
+        CheckpointError: the checkpoint holds weights only.
+    """
+    if "Recorder" not in content.get("callbacks", {}):
+        raise CheckpointError(f"{path} holds weights only: it can be evaluated, but not gone on with.")
+    state: dict[str, Any] = content["callbacks"]["Recorder"]
+    return state
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says of choices that are made here on purpose."""
+    import logging
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    for text in (
+        r".*does not have many workers.*",
+        r".*isinstance\(treespec, LeafSpec\).*",
+        r".*`?LeafSpec`? is deprecated.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*GPU available but not used.*",
+        r".*`Trainer.fit` stopped.*",
+    ):
+        warnings.filterwarnings("ignore", message=text)
+
+
+def trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:
+    """A Trainer on this process's device, in the recipe's precision, that writes nothing of its own."""
+    quiet_lightning()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+    return pl.Trainer(
+        accelerator=machine.device().type,
+        devices=1,
+        precision=TRAINER_PRECISION[recipe.precision],
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+def fit(
+    recipe: Recipe, folder: Path | str, *, resume: bool = False, on_epoch: Callable[[Row], None] | None = None
+) -> Run:
+    """Train the recipe, leaving `best.ckpt` (weights) and `last.ckpt` (all that a resume needs) in `folder`.
+
+    Args:
+        recipe: what to train; its precision is measured first where it is "auto".
+        folder: where the checkpoints go; made if absent.
+        resume: go on after the epoch of `last.ckpt`, if there is one; on the CPU the rest is then bit-identical to an
+            uninterrupted run. A run that had ended is returned as it is.
+        on_epoch: called after each epoch's checkpoints are written, with the epoch's row: CURVE_COLUMNS. A resumed run
+            first calls it with the checkpoint's own epoch, which whoever was interrupted may not have heard of.
+
+    A training whose train or validation loss is no longer a number ends with that epoch and is marked `diverged`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or of another recipe.
+        DataError: the images are absent or unreadable.
+    """
+    folder = Path(folder)
+    run = Run(recipe, folder)
+    last = folder / "last.ckpt"
+    ckpt_path = None
+    if resume and last.exists():
+        saved = read_checkpoint(last)
+        was = Recipe(**saved["hyper_parameters"]["recipe"])
+        if recipe.replace(precision=was.precision) != was or recipe.precision not in ("auto", was.precision):
+            raise CheckpointError(f"{last} is of another recipe: {difference(was, recipe)}.")
+        run.recipe = was
+        state = recorded(saved, last)
+        run.history, run.diverged = list(state["history"]), state["diverged"]
+        if on_epoch is not None:
+            on_epoch(run.history[-1])
+        if state["finished"]:
+            return run
+        ckpt_path = last
+    else:
+        run.recipe = machine.resolve_precision(recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = CIFAR10DataModule(run.recipe)
+    torch.manual_seed(recipe.seed)
+    model = ImageClassifier(run.recipe.to_dict(), data.classes, data.mean.tolist(), data.std.tolist())
+    callbacks: list[Callback] = []
+    if recipe.early_stop_patience is not None:
+        callbacks.append(EarlyStopping("val_acc", mode="max", patience=recipe.early_stop_patience))
+    callbacks.append(Recorder(run, on_epoch))
+    made = trainer(run.recipe, folder, callbacks, max_epochs=recipe.max_epochs, log_every_n_steps=10**9)
+    made.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    if made.interrupted:
+        raise KeyboardInterrupt
+    return run
+
+
+def ended_run(folder: Path) -> Run | None:
+    """The run whose checkpoints lie in a folder, if it came to its end.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+    """
+    if not (folder / "last.ckpt").exists():
+        return None
+    saved = read_checkpoint(folder / "last.ckpt")
+    state = recorded(saved, folder / "last.ckpt")
+    if not state["finished"]:
+        return None
+    return Run(Recipe(**saved["hyper_parameters"]["recipe"]), folder, list(state["history"]), state["diverged"])
+
+
+def difference(was: Recipe, asked: Recipe) -> str:
+    """What two recipes differ in: 'lr was 0.1, asked 0.01; ...'."""
+    before, after = was.to_dict(), asked.to_dict()
+    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return "; ".join(f"{name} was {before.get(name)}, asked {after.get(name)}" for name in names)
+
+
+def write_best(folder: Path, run: Run, *, trial_id: str, command: str) -> dict[str, Any]:
+    """Write best.json without test figures: the run's recipe, best epoch and checkpoint, and how they came to be."""
+    best = run.best
+    content = {
+        "recipe": run.recipe.to_dict(),
+        "trial_id": trial_id,
+        "epoch": best["epoch"],
+        "val_acc": best["val_acc"],
+        "checkpoint": os.path.relpath(run.best_checkpoint, folder),
+        "sha256": sha256(run.best_checkpoint),
+        "seed": run.recipe.seed,
+        "versions": machine.versions(),
+        "hardware": machine.hardware(),
+        "command": command,
+    }
+    write_atomically(folder / "best.json", json.dumps(content, indent=1) + "\n")
+    return content
