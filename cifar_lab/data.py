@@ -19,6 +19,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from cifar_lab.augment import Augmentation
+from cifar_lab.files import cache_folder
 from cifar_lab.recipe import InputError, Recipe
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -44,11 +45,6 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.labels)
-
-
-def cache_folder() -> Path:
-    """Where decoded images and downloads are kept: `$XDG_CACHE_HOME/cifar_lab`, else `~/.cache/cifar_lab`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_lab"
 
 
 def load(recipe: Recipe, part: Part) -> ImageSet:

@@ -40,3 +40,8 @@ def sha256(path: Path) -> str:
     """The hexadecimal digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where decoded images and downloads are kept: `$XDG_CACHE_HOME/cifar_lab`, else `~/.cache/cifar_lab`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar_lab"

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.nn.functional as F
 
-from cifar_lab.data import cache_folder
+from cifar_lab.files import cache_folder
 from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.recipe import Recipe

@@ -15,6 +15,7 @@ HUMAN = 0.94  # accuracy of people on CIFAR-10, Karpathy 2011
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
+LEADERS = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", "#000000")
 
 
 def save(figure: Figure, path: Path) -> None:
@@ -37,7 +38,9 @@ def curves(table: pd.DataFrame, metric: str = "acc", *, title: str = "") -> Figu
     best = "max" if metric == "acc" else "min"
     extremes = table.groupby("trial_id")[[f"val_{metric}", f"train_{metric}"]].agg(best)
     extremes = extremes.sort_values(f"val_{metric}", ascending=metric == "loss")
-    palette = mpl.colormaps["viridis"](np.linspace(0, 0.92, len(extremes)))
+    # The leaders in colors that can be told apart, the others paler the worse they were.
+    pale = mpl.colormaps["Greys"](np.linspace(0.65, 0.3, max(1, len(extremes) - len(LEADERS))))
+    palette = [*LEADERS, *pale]
     columns = 1 + (len(extremes) - 1) // 32
     figure = Figure(figsize=(8 + 1.8 * columns, 5.2))
     axes = figure.subplots()

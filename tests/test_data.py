@@ -92,8 +92,8 @@ def test_limit_train_may_be_all_there_are() -> None:
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"limit_train": 1294}, "limit_train: 1294. Legal: 1 to 1293"),
-        ({"limit_train": 5}, "limit_train: 5 cannot be drawn"),
+        ({"limit_train": 1294}, "limit_train: 1294. Legal: 10, one a class, to 1293"),
+        ({"limit_train": 5}, "limit_train: 5. Legal: 10, one a class, to 1293"),
         ({"val_fraction": 0.001}, "val_fraction: 0.001 cannot be drawn"),
         ({"val_fraction": 0.9999}, "val_fraction: 0.9999 cannot be drawn"),
     ],
@@ -104,7 +104,13 @@ def test_a_split_that_leaves_a_class_empty_is_refused(fields: dict[str, Any], na
     assert named in str(caught.value)
 
 
-@pytest.mark.parametrize("few", [11, 12, 1290, 1292])
+def test_a_smaller_limit_is_part_of_a_larger_one() -> None:
+    labels = load(digits(), "train").labels
+    few, more = (set(split(labels, digits(limit_train=n))[0].tolist()) for n in (100, 700))
+    assert few < more
+
+
+@pytest.mark.parametrize("few", [10, 11, 12, 1290, 1292])
 def test_every_limit_that_leaves_each_class_an_image_is_possible(few: int) -> None:
     train, _ = split(load(digits(), "train").labels, digits(limit_train=few))
     assert len(train) == few

@@ -98,9 +98,10 @@ def test_resnet_with_the_imagenet_stem_is_torchvisions(depth: int) -> None:
 def test_a_narrow_resnet_does_not_crash_the_process(width: int) -> None:
     # In a process of its own: what fails here is native code, a strided 1x1 convolution in channels_last.
     code = (
-        "import sys, torch; from cifar_lab.models import build; from cifar_lab.recipe import Recipe;"
+        "import sys, torch; from cifar_lab.layers import memory_format;"
+        "from cifar_lab.models import build; from cifar_lab.recipe import Recipe;"
         "torch.set_num_threads(1); network = build(Recipe(arch='resnet', width=int(sys.argv[1])), 10);"
-        "kept = torch.channels_last if network.CHANNELS_LAST else torch.contiguous_format;"
+        "kept = memory_format(network);"
         "network = network.to(memory_format=kept); images = torch.randn(64, 3, 32, 32).contiguous(memory_format=kept);"
         "[network(images).sum().backward() for _ in range(10)]; network.eval(); network(images[:37])"
     )

@@ -207,7 +207,7 @@ def test_a_run_may_be_interrupted_again_and_again(tmp_path: Path) -> None:
 def test_resuming_a_finished_run_trains_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = fit(recipe(), tmp_path)
     stamp = (tmp_path / "last.ckpt").stat().st_mtime_ns
-    monkeypatch.setattr(train, "trainer", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("cifar_lab.fit.trainer", lambda *_, **__: pytest.fail("trained again"))
     heard: list[Row] = []
     after = fit(recipe(), tmp_path, resume=True, on_epoch=heard.append)
     assert after.history == before.history and heard == before.history[-1:]

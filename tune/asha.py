@@ -14,6 +14,8 @@ def main(argv: Sequence[str]) -> int:
     question = ask(argv)
     if question.options.address is None:
         resources.per_trial(question.options, resources.here())
+    else:
+        resources.check_address(question.options.address)
     # Lightning and Ray take seconds to import: not before the question is known to be a legal one.
     from tune.search import Search
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,24 +46,6 @@ class Joined:
     dashboard: str
 
 
-def check_address(address: str) -> None:
-    """Refuse an address where nothing listens: Ray itself would try for many minutes.
-
-    Raises:
-        InputError: no such address, or no answer within five seconds.
-    """
-    if address in ("auto", "local"):
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    legal = "Legal: HOST:PORT of a running cluster, or auto."
-    if not host or not port.isdigit():
-        raise InputError(f"address: {address!r}. {legal}")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        raise InputError(f"address: no Ray cluster answers at {address!r} ({error}). {legal}") from error
-
-
 @contextlib.contextmanager
 def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
     """Join the cluster at `address`, or start one of this machine's processors, which ends with the block.
@@ -80,7 +61,6 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
         "configure_logging": True,
     }
     if address is not None:
-        check_address(address)
         options = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         context = ray.init(address=address or "local", **options)

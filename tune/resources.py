@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import torch
 
 from cifar_lab import machine
@@ -38,3 +40,21 @@ def at_once(options: SearchOptions, there: dict[str, float]) -> int:
         # Ray packs fractions of one GPU, but never splits a trial over two.
         fit = min(fit, int(there["GPU"] // share) if share >= 1 else int(there["GPU"]) * int(1 / share + 1e-9))
     return max(1, min(fit, options.max_concurrent or fit))
+
+
+def check_address(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself would try for many minutes.
+
+    Raises:
+        InputError: no such address, or no answer within five seconds.
+    """
+    if address in ("auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    legal = "Legal: HOST:PORT of a running cluster, or auto."
+    if not host or not port.isdigit():
+        raise InputError(f"address: {address!r}. {legal}")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"address: no Ray cluster answers at {address!r} ({error}). {legal}") from error
