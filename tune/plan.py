@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Sequence
 
+import numpy as np
+
 from cifar_lab.recipe import Recipe
-from tune.scheduler import milestones
+from tune.scheduler import Rungs
 from tune.space import Choice, Domain
 
 MEASURED_BATCH = 16
+PLAYED = 30  # simulated searches behind an estimate
 OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2}
 
 
+@functools.cache
 def expected_epochs(max_epochs: int, grace_period: int, reduction_factor: int, trials: int) -> float:
-    """Epochs that ASHA is expected to give a trial, on average, when trials arrive in random order.
+    """Epochs that ASHA gives a trial, on average: the rungs played by trials of unchanging rank, in random order.
 
-    At each rung the n-th arrival passes when it is among the best 1/reduction_factor of the n: a little more often
-    than 1/reduction_factor, as the first few know too few others.
+    More than the powers of reduction_factor suggest, since the first to arrive at a rung pass unjudged.
     """
-    epochs, reached, start = 0.0, float(trials), 0
-    for rung in milestones(grace_period, max_epochs, reduction_factor):
-        epochs += reached * (rung - start)
-        arrivals = max(1, round(reached))
-        passed = sum(max(1, math.ceil(n / reduction_factor)) / n for n in range(1, arrivals + 1))
-        reached, start = reached * passed / arrivals, rung
-    return (epochs + reached * (max_epochs - start)) / trials
+    reached = []
+    for seed in range(PLAYED):
+        rungs = Rungs(grace_period, max_epochs, reduction_factor)
+        for trial, rank in enumerate(np.random.default_rng(seed).permutation(trials)):
+            stops = (epoch for epoch in rungs.values if rungs.decide(str(trial), epoch, float(rank)).stop)
+            reached.append(next(stops, max_epochs))
+    return float(np.mean(reached))
 
 
 def sizes(base: Recipe, space: dict[str, Domain]) -> list[Recipe]:
