@@ -23,6 +23,7 @@ from cifar_lab.evaluate import t_interval, wilson
 from cifar_lab.files import sha256
 from tune.scheduler import Rungs
 
+ROOT = Path(__file__).parent.parent
 CURVES = ["trial_id", "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds"]
 METRICS = ["epochs", "val_acc", "val_loss", "val_macro_f1", "train_acc", "best_epoch", "seconds", "status", "reason"]
 SEARCHED = ["augment", "batch_norm", "dropout", "init", "lr", "weight_decay"]
@@ -49,9 +50,8 @@ QUESTION = [
 def start(folder: Path, *words: str, columns: int = 80) -> subprocess.Popen[str]:
     environment = {**os.environ, "COLUMNS": str(columns)}
     command = [sys.executable, "-m", "tune.asha", "--results_dir", str(folder), *words]
-    root = Path(__file__).parent.parent
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=root
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
     )
 
 
@@ -271,7 +271,15 @@ def test_permuting_the_test_labels_changes_nothing_that_is_searched(
         "--finalist_seeds",
         "1",
     ]
-    common = [*words, "--optimizer", "adam", "--max_concurrent", "1", "--data_dir", str(tmp_path / "images")]
+    common = [
+        *words,
+        "--optimizer",
+        "adam",
+        "--max_concurrent",
+        "1",
+        "--data_dir",
+        os.path.relpath(tmp_path / "images", ROOT),
+    ]
     assert search(tmp_path, "--name", "right", *common).returncode == 0
     test = tmp_path / "images" / "test"
     for before, after in (("dark", "swap"), ("middle", "dark"), ("light", "middle"), ("swap", "light")):

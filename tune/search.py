@@ -285,13 +285,12 @@ class Search:
         """What the search found, in a paragraph."""
         place = self.folder / "best.json"
         if not place.exists():
+            counts = Counter(t.status for t in self.experiment.trials.values())
+            state = ", ".join(f"{n} {status}" for status, n in counts.items())
             leaders = self.experiment.leaders(1)
             best = leaders[0].best if leaders else None
-            return (
-                "No trial has ended yet."
-                if best is None
-                else f"Best so far: {leaders[0].trial_id}, val_acc {best['val_acc']:.4f}."
-            )
+            reached = f" Best so far: {leaders[0].trial_id}, val_acc {best['val_acc']:.4f}." if best else ""
+            return f"No winner yet: {state}.{reached}"
         found = json.loads(place.read_text())
         recipe = self.question.recipe(found["trial_id"])
         chosen = settings({name: getattr(recipe, name) for name in self.question.space})
