@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -48,6 +50,7 @@ class Parser(ArgumentParser):
                         record(**{key[1]: value[1]})
                     except InputError as error:
                         return flagged(error)
+                    return f"--{key[1]}: {value[1]} must be a text; in a YAML file write it in quotes."
         return " ".join(message.split())
 
 
@@ -126,8 +129,8 @@ def _arch_in(path: str) -> str | None:
 
 def check_name(name: str | None) -> None:
     """Refuse a name that is no folder's."""
-    if name is not None and (name in ("", ".", "..") or Path(name).name != name):
-        raise InputError(f"name: {name!r}. Legal: the name of a folder, without a slash.")
+    if name is not None and (name in ("", ".", "..") or Path(name).name != name or len(name.encode()) > 200):
+        raise InputError(f"name: {name!r}. Legal: the name of a folder, without a slash, up to 200 characters.")
 
 
 def check_new(folder: Path) -> None:
@@ -137,6 +140,22 @@ def check_new(folder: Path) -> None:
             f"name: {folder.name!r} exists in {folder.parent} already, and results are never overwritten. "
             "Go on with what lies there by --resume, or take another --name."
         )
+
+
+def command(module: str, argv: Sequence[str], earlier: str = "") -> str:
+    """The command line that asks the same again: the words of an `earlier` one, then what is new."""
+    words = [word for word in argv if word != "--resume"]
+    asked = shlex.split(earlier)[3:] if earlier else []
+    if not set(words) <= set(asked):
+        asked += words
+    return shlex.join(["python", "-m", module, *asked])
+
+
+def resume_line(asked: str) -> str:
+    """What to type here to go on with the command: by this interpreter, where that is the project's own."""
+    here = Path(sys.executable)
+    own = os.path.relpath(here) if here.is_relative_to(Path.cwd()) else "python"
+    return f"{own}{asked.removeprefix('python')} --resume"
 
 
 def make_folder(folder: Path, results_dir: str) -> None:

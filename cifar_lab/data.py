@@ -53,11 +53,14 @@ def load(recipe: Recipe, part: Part) -> ImageSet:
     Raises:
         DataError: absent or unreadable images; the message names the ways out.
     """
-    files, decode = _source(recipe, part)
     digest = hashlib.sha256()
-    for file in files:
-        status = file.stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    try:
+        files, decode = _source(recipe, part)
+        for file in files:
+            status = file.stat()
+            digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    except OSError as error:
+        raise DataError(f"The images cannot be read: {error}.") from error
     folder = cache_folder() / f"{recipe.dataset}-{part}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         _decode_into(folder, decode)

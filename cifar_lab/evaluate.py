@@ -15,6 +15,9 @@ from cifar_lab.recipe import InputError
 if TYPE_CHECKING:
     import numpy as np
 
+    from cifar_lab.data import ImageSet
+    from cifar_lab.recipe import Recipe
+
 CONFIDENCE = 0.95
 
 
@@ -125,7 +128,7 @@ def evaluate(checkpoint: Path | str, *, data_dir: str | None = None) -> Evaluati
     import torch
 
     from cifar_lab.classifier import ImageClassifier
-    from cifar_lab.data import EVALUATION_BATCH, Batches, DataError, load
+    from cifar_lab.data import EVALUATION_BATCH, Batches
     from cifar_lab.fit import read_checkpoint, trainer
 
     content = read_checkpoint(Path(checkpoint))
@@ -133,64 +136,70 @@ def evaluate(checkpoint: Path | str, *, data_dir: str | None = None) -> Evaluati
     model = ImageClassifier(**saved)
     model.load_state_dict(content["state_dict"])
     recipe = model.recipe if data_dir is None else model.recipe.replace(data_dir=data_dir)
-    images = load(recipe, "test")
-    if images.classes != model.classes:
-        raise DataError(
-            f"The test set has the classes {', '.join(images.classes)}, the checkpoint {', '.join(model.classes)}."
-        )
+    images = check_test_set(recipe, model.classes)
     batches = Batches(images.images, images.labels, torch.arange(len(images)), EVALUATION_BATCH)
     answers = trainer(recipe, Path(checkpoint).parent, []).predict(model, batches, weights_only=True)
     labels, probabilities = (torch.cat(part).cpu().numpy() for part in zip(*answers or [], strict=True))
     return Evaluation(labels, probabilities, model.classes)
 
 
-def add_test_figures(folder: Path, evaluation: Evaluation, accuracies: Sequence[float]) -> dict[str, Any]:
-    """Write the test files, and add to the folder's best.json what the test set said.
+def test_record(evaluation: Evaluation, accuracies: Sequence[float]) -> dict[str, Any]:
+    """What best.json says of the test set.
 
     `accuracies` are those of each seed of the same recipe; test_acc is of the one whose predictions are written.
     """
-    from cifar_lab.files import write_atomically
-
-    evaluation.write(folder)
-    place = folder / "best.json"
-    best: dict[str, Any] = json.loads(place.read_text()) if place.exists() else {}
     low, high = evaluation.interval
-    best |= {
+    return {
         "test_acc": evaluation.accuracy,
         "test_n": len(evaluation.labels),
         "test_low": low,
         "test_high": high,
         "test_acc_seeds": list(accuracies),
     }
-    write_atomically(place, json.dumps(best, indent=1) + "\n")
-    return best
+
+
+def check_test_set(recipe: Recipe, classes: Sequence[str]) -> ImageSet:
+    """The recipe's test set, decoded, if it has the classes that are trained: better known before a search than after.
+
+    Raises:
+        DataError: it is absent or unreadable, or has other classes.
+    """
+    from cifar_lab.data import DataError, load
+
+    images = load(recipe, "test")
+    if images.classes != tuple(classes):
+        raise DataError(
+            f"The test set has the classes {', '.join(images.classes)}, the training set {', '.join(classes)}."
+        )
+    return images
 
 
 def main(argv: Sequence[str]) -> int:
     """The command: evaluate one checkpoint on test, beside it or in --output."""
-    from jsonargparse import Namespace
+    from cifar_lab.files import sha256, write_json
+    from cifar_lab.report import headline, write_report
 
     parser = cli.Parser(prog="python -m cifar_lab.evaluate", description=(__doc__ or ""), allow_abbrev=False)
     parser.add_argument("checkpoint", help="a .ckpt file that cifar_lab.train or tune.asha left")
     parser.add_argument("--output", help="folder for the files; default: the run's, where the checkpoint lies in one")
     parser.add_argument("--data_dir", help="where the images lie now, if no longer where the recipe says")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the accuracy")
-    asked: Namespace = parser.parse_args(list(argv))
+    asked = parser.parse_args(list(argv))
     checkpoint = Path(asked.checkpoint)
     run = checkpoint.absolute().parent.parent
-    own = (run / "best.json").exists()
-    output = Path(asked.output) if asked.output else run if own else checkpoint.absolute().parent
     result = evaluate(checkpoint, data_dir=asked.data_dir)
+    # The run's best.json speaks of one checkpoint only.
+    best = json.loads((run / "best.json").read_text()) if (run / "best.json").exists() else {}
+    own = best.get("sha256") == sha256(checkpoint)
+    output = Path(asked.output) if asked.output else run if own else checkpoint.absolute().parent
+    best = {**(best if own else {}), **test_record(result, [result.accuracy])}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        if own and output != run and not (output / "best.json").exists():
-            (output / "best.json").write_text((run / "best.json").read_text())
-        best = add_test_figures(output, result, [result.accuracy])
+        result.write(output)
+        write_json(output / "best.json", best)
+        write_report(output)
     except OSError as error:
-        raise InputError(f"--output: {str(output)!r} cannot be written ({error.strerror}).") from error
-    from cifar_lab.report import headline, write_report
-
-    write_report(output)
+        raise InputError(f"output: {str(output)!r} cannot be written ({error.strerror}).") from error
     if asked.quiet:
         print(f"{result.accuracy:.4f}")
         return cli.DONE

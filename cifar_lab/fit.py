@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -19,10 +18,11 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
 from cifar_lab import machine
 from cifar_lab.classifier import ImageClassifier
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.files import sha256, write_atomically
+from cifar_lab.files import sha256
 from cifar_lab.recipe import InputError, Recipe
 
 Row = dict[str, float]
+Record = dict[str, Any]
 CURVE_COLUMNS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds")
 TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
@@ -81,8 +81,9 @@ class Recorder(Checkpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, ImageClassifier)
-        row: Row = {"epoch": trainer.current_epoch + 1, **pl_module.metrics, "lr": self.lr}
-        row = {name: row.get(name, time.perf_counter() - self.start) for name in CURVE_COLUMNS}
+        measured = {**pl_module.metrics, "lr": self.lr, "seconds": time.perf_counter() - self.start}
+        row: Row = {"epoch": trainer.current_epoch + 1, **measured}
+        row = {name: row[name] for name in CURVE_COLUMNS}
         history = self.run.history
         history.append(row)
         self.run.diverged = not finite(row)
@@ -98,7 +99,8 @@ class Recorder(Checkpoint):
 
 def save_atomically(trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
     """Write a checkpoint aside, then rename it: at any moment the file at `path` is whole."""
-    aside = path.with_suffix(".part")
+    # A process of its own each: a killed search's worker may still be writing when a resumed one begins.
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     trainer.save_checkpoint(aside, weights_only=weights_only)
     os.replace(aside, path)
 
@@ -195,9 +197,10 @@ def fit(
     if resume and last.exists():
         saved = read_checkpoint(last)
         was = Recipe(**saved["hyper_parameters"]["recipe"])
-        if recipe.replace(precision=was.precision) != was or recipe.precision not in ("auto", was.precision):
-            raise CheckpointError(f"{last} is of another recipe: {difference(was, recipe)}.")
-        run.recipe = was
+        asked = recipe.replace(precision=was.precision) if recipe.precision == "auto" else recipe
+        if asked.replace(data_dir=was.data_dir) != was:  # the images may have moved
+            raise CheckpointError(f"{last} is of another recipe: {difference(was, asked)}.")
+        run.recipe = asked
         state = recorded(saved, last)
         run.history, run.diverged = list(state["history"]), state["diverged"]
         if on_epoch is not None:
@@ -244,20 +247,20 @@ def difference(was: Recipe, asked: Recipe) -> str:
     return "; ".join(f"{name} was {before.get(name)}, asked {after.get(name)}" for name in names)
 
 
-def write_best(folder: Path, run: Run, *, trial_id: str, command: str) -> dict[str, Any]:
-    """Write best.json without test figures: the run's recipe, best epoch and checkpoint, and how they came to be."""
-    best = run.best
-    content = {
-        "recipe": run.recipe.to_dict(),
+def best_record(recipe: Recipe, best: Row, checkpoint: Path, folder: Path, *, trial_id: str, command: str) -> Record:
+    """What best.json, in `folder`, says of a checkpoint before it is tested: what it is and how it came to be.
+
+    `best` is the row of its epoch, of which epoch and val_acc are taken.
+    """
+    return {
+        "recipe": recipe.to_dict(),
         "trial_id": trial_id,
-        "epoch": best["epoch"],
+        "epoch": int(best["epoch"]),
         "val_acc": best["val_acc"],
-        "checkpoint": os.path.relpath(run.best_checkpoint, folder),
-        "sha256": sha256(run.best_checkpoint),
-        "seed": run.recipe.seed,
+        "checkpoint": os.path.relpath(checkpoint, folder),
+        "sha256": sha256(checkpoint),
+        "seed": recipe.seed,
         "versions": machine.versions(),
         "hardware": machine.hardware(),
         "command": command,
     }
-    write_atomically(folder / "best.json", json.dumps(content, indent=1) + "\n")
-    return content

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import torch.nn.functional as F
 
-from cifar_lab.files import cache_folder
+from cifar_lab.files import cache_folder, write_json
 from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.recipe import Recipe
@@ -82,7 +82,7 @@ def resolve_precision(recipe: Recipe) -> Recipe:
         known[key] = min(seconds, key=seconds.__getitem__)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_text(json.dumps(known, indent=1))
+            write_json(place, known)
         except OSError:
             pass  # it is measured again next time
     return recipe.replace(precision=known[key])

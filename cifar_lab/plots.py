@@ -24,13 +24,12 @@ def save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
-def curves(table: pd.DataFrame, metric: str = "acc", *, title: str = "") -> Figure:
+def curves(table: pd.DataFrame, metric: str = "acc") -> Figure:
     """Every trial's validation curve bold and its training curve faint in the same colour, over epochs.
 
     Args:
         table: curves.csv: trial_id, epoch, train_acc, val_acc, train_loss, val_loss.
         metric: acc or loss.
-        title: above the axes.
 
     The legend, best trial first, gives each trial's best validation and training value: the maximum of an accuracy,
     the minimum of a loss.
@@ -58,7 +57,7 @@ def curves(table: pd.DataFrame, metric: str = "acc", *, title: str = "") -> Figu
     axes.set_ylabel({"acc": "accuracy", "loss": "loss (cross-entropy)"}[metric])
     if metric == "acc":
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_title(title or "bold: validation, faint: training")
+    axes.set_title("bold: validation, faint: training")
     axes.grid(alpha=0.3)
     axes.legend(
         title=f"{'trial' if len(extremes) > 1 else 'run'}, {best} val, {best} train",

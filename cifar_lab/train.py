@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -43,27 +42,34 @@ def main(argv: Sequence[str]) -> int:
     options, recipe = TrainOptions(**own), Recipe(**given)
     name = options.name or f"{recipe.arch}-{recipe.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     folder = Path(options.results_dir) / name
+    last = folder / "checkpoints" / "last.ckpt"
     if resume:
         if options.name is None:
             raise InputError("--resume: say with --name which training to go on with.")
-        if not (folder / "checkpoints" / "last.ckpt").exists():
+        if not last.parent.is_dir():
             raise InputError(f"name: there is no training {name!r} to resume in {options.results_dir}.")
     else:
         cli.check_new(folder)
-    words = [word for word in argv if word != "--resume"] + ([] if options.name else ["--name", name])
-    command = shlex.join(["python", "-m", "cifar_lab.train", *words])
     # Lightning takes seconds to import: not before the recipe is known to be a legal one.
-    from cifar_lab.files import write_csv
-    from cifar_lab.fit import CURVE_COLUMNS, Row, fit, read_checkpoint, recorded, write_best
+    from cifar_lab.data import CIFAR10DataModule
+    from cifar_lab.files import write_csv, write_json
+    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, read_checkpoint, recorded
     from cifar_lab.report import headline, write_report
 
     rows: list[Row] = []
-    if resume:
-        saved = read_checkpoint(folder / "checkpoints" / "last.ckpt")
+    if last.exists():
+        saved = read_checkpoint(last)
         # What was not given again is as it was; the last row comes again, from fit.
         recipe = Recipe(**{**saved["hyper_parameters"]["recipe"], **given})
-        rows = recorded(saved, folder / "checkpoints" / "last.ckpt")["history"][:-1]
-    cli.make_folder(folder / "checkpoints", options.results_dir)
+        state = recorded(saved, last)
+        rows = list(state["history"][:-1])
+        if state["finished"] and (folder / "best.json").exists():
+            print("This training is finished; nothing was changed.")
+            return cli.DONE
+    CIFAR10DataModule(recipe)  # refuses what is wrong with the images before a folder is made
+    cli.make_folder(last.parent, options.results_dir)
+    words = [*argv, *([] if "--name" in " ".join(argv) else ["--name", name])]
+    command = cli.command("cifar_lab.train", words)
 
     def on_epoch(row: Row) -> None:
         rows.append(row)
@@ -78,11 +84,11 @@ def main(argv: Sequence[str]) -> int:
     try:
         run = fit(recipe, folder / "checkpoints", resume=resume, on_epoch=on_epoch)
     except KeyboardInterrupt:
-        print(f"Interrupted; what was reached is kept. To go on:\n{command} --resume")
+        print(f"Interrupted; what was reached is kept. To go on:\n{cli.resume_line(command)}")
         return cli.FAILED
     except OSError as error:
         print(cli.paragraph(f"error: {error}. What was reached is kept. To go on:"), file=sys.stderr)
-        print(f"{command} --resume")
+        print(cli.resume_line(command))
         return cli.FAILED
     if run.diverged:
         row = run.history[-1]
@@ -94,7 +100,8 @@ def main(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return cli.FAILED
-    best = write_best(folder, run, trial_id=name, command=command)
+    best = best_record(run.recipe, run.best, run.best_checkpoint, folder, trial_id=name, command=command)
+    write_json(folder / "best.json", best)
     write_report(folder)
     print(cli.paragraph(f"{headline(best)} Checkpoint: {os.path.relpath(run.best_checkpoint)}"))
     return cli.DONE

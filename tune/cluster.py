@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +18,16 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
-# A trial stays in the driver's folder, so that a relative --data_dir means the same there.
-os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"
 
 import ray
 import ray.tune
+import torch
 
+from cifar_lab import machine
 from tune.scheduler import ASHA
 from tune.trial import run_trial
 
+PLACES = ("CIFAR_LAB_DATA", "XDG_CACHE_HOME")
 RETRIES = 2  # of a trial that raised or whose worker died; each goes on after its last checkpoint
 
 
@@ -54,14 +56,19 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
         InputError: no cluster answers at that address.
     """
     options: dict[str, Any] = {
+        "num_cpus": machine.cores(),
+        "num_gpus": torch.cuda.device_count(),
         "include_dashboard": dashboard,
         "dashboard_host": "127.0.0.1",
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "configure_logging": True,
     }
+    # Workers do not stand where the driver does: what names a place is made absolute for them.
+    places = {name: str(Path(os.environ[name]).absolute()) for name in PLACES if os.environ.get(name)}
+    os.environ.update(places)
     if address is not None:
-        options = {"log_to_driver": False, "logging_level": logging.ERROR}
+        options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": places}}
     try:
         context = ray.init(address=address or "local", **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -96,8 +103,24 @@ class _Listener(ray.tune.Callback):
         self.on_end(trial.config["job"]["job_id"], "")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        if trial.status == "ERROR":
-            self.on_end(trial.config["job"]["job_id"], cause(trial))
+        self.on_end(trial.config["job"]["job_id"], cause(trial))
+
+
+class _StopAll(ray.tune.Stopper):
+    """Ends all trials once something went wrong on our side."""
+
+    def __init__(self, faults: list[Exception]) -> None:
+        self.faults = faults
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as in ASHA
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        """Whether to end everything."""
+        return bool(self.faults)
 
 
 def cause(trial: Any) -> str:
@@ -132,6 +155,16 @@ def run_jobs(
         concurrent: how many at once.
         scratch: Ray's own folder.
     """
+    faults: list[Exception] = []
+
+    def guarded(hook: Callable[..., Any], *words: Any) -> Any:
+        """Call a hook; Ray would take its error, a full disk say, for the trial's: it is kept, and ends everything."""
+        try:
+            return hook(*words)
+        except Exception as error:
+            faults.append(error)
+            return True
+
     configs = [{"job_id": job.job_id, "recipe": job.recipe.to_dict(), "folder": str(job.folder)} for job in jobs]
     attempt = len(list(scratch.glob("attempt-*"))) + 1
     tuner = ray.tune.Tuner(
@@ -140,7 +173,7 @@ def run_jobs(
         tune_config=ray.tune.TuneConfig(
             metric="val_acc",
             mode="max",
-            scheduler=ASHA(judge),
+            scheduler=ASHA(functools.partial(guarded, judge)),
             max_concurrent_trials=concurrent,
             reuse_actors=True,
             trial_name_creator=lambda trial: str(trial.config["job"]["job_id"]),
@@ -151,7 +184,10 @@ def run_jobs(
             storage_path=str(scratch),
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[_Listener(on_start, on_end)],
+            callbacks=[_Listener(functools.partial(guarded, on_start), functools.partial(guarded, on_end))],
+            stop=_StopAll(faults),
         ),
     )
     tuner.fit()
+    if faults:
+        raise faults[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -52,7 +53,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Finalist:
-    """A training of one of the best trials' recipe with a new seed; val_acc 0 marks one that diverged at once."""
+    """A training of one of the best trials' recipe with a new seed; val_acc is 0 if it diverged."""
 
     trial_id: str
     seed: int
@@ -120,7 +121,9 @@ class Experiment:
         return [t.trial_id for t in self.trials.values() if t.status == "pending"]
 
     def reopen(self) -> None:
-        """Give failed trials another try, and write down all that is asked for."""
+        """Give failed trials another try, write down all that is asked for, and withdraw an earlier conclusion."""
+        for name in ("best.json", "report.html"):
+            (self.folder / name).unlink(missing_ok=True)
         for trial in self.trials.values():
             if trial.status == "failed":
                 trial.status, trial.reason = "pending", ""
@@ -129,12 +132,11 @@ class Experiment:
     def add_finalist(self, trial_id: str, run: Run) -> None:
         """Note a finalist's training; its last checkpoint is not needed any more."""
         best, seed = run.best, run.recipe.seed
-        reached = run.best_checkpoint.exists()
         self.finalists[trial_id, seed] = Finalist(
             trial_id,
             seed,
             int(best["epoch"]),
-            best["val_acc"] if reached else 0.0,
+            0.0 if run.diverged else best["val_acc"],
             sum(r["seconds"] for r in run.history),
         )
         columns = [f.name for f in fields(Finalist)]
@@ -150,9 +152,10 @@ class Experiment:
         return not self.pending() and all(key in self.finalists for key in self.lineup(count, seeds))
 
     def finished(self, count: int, seeds: Sequence[int]) -> bool:
-        """Whether nothing is left to do."""
-        failed = any(t.status == "failed" for t in self.trials.values())
-        return not failed and self.trained(count, seeds) and (self.folder / "best.json").exists()
+        """Whether nothing is left to do: best.json and report.html are of the winner of all that is asked for."""
+        if any(t.status == "failed" for t in self.trials.values()) or not self.trained(count, seeds):
+            return False
+        return (self.folder / "best.json").exists() and (self.folder / "report.html").exists()
 
     def winner(self, count: int, seeds: Sequence[int]) -> list[Finalist]:
         """The finalist trainings of the trial with the highest mean val_acc over the seeds; none without a finalist."""
@@ -175,17 +178,13 @@ class Experiment:
                     shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)
 
 
-def locked(folder: Path) -> FileLock:
+def locked(folder: Path) -> AbstractContextManager[object]:
     """Hold the folder for this process.
 
     Raises:
         InputError: another search holds it.
     """
-    lock = FileLock(folder / "ray" / "lock")
     try:
-        lock.acquire(timeout=0)
+        return FileLock(folder / "ray" / "lock").acquire(timeout=0)
     except Timeout:
-        raise InputError(
-            f"--name: another search is running in {folder}. Wait for it, or take another --name."
-        ) from None
-    return lock
+        raise InputError(f"name: another search is running in {folder}. Wait for it, or take another --name.") from None

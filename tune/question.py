@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,8 +18,9 @@ SWITCHES = {
     "dashboard": "serve Ray's dashboard on 127.0.0.1 while the search runs",
     "quiet": "print nothing but errors and the last lines",
 }
-# The options that decide a result; the others (where, how many at once) may differ when a search is resumed.
+# The options that decide a result; the others may differ when a search is resumed, but are as they were if not given.
 DECISIVE = ("num_samples", "grace_period", "reduction_factor", "finalists", "finalist_seeds")
+HOW = ("max_concurrent", "cpus_per_trial", "gpus_per_trial")
 PLACES = ("data_dir",)
 
 
@@ -84,7 +84,7 @@ class Question:
     @property
     def resume_command(self) -> str:
         """What goes on with this search."""
-        return f"{self.command} --resume"
+        return cli.resume_line(self.command)
 
     def to_dict(self) -> dict[str, Any]:
         """What is kept in search.json, and compared when the search is resumed."""
@@ -94,6 +94,7 @@ class Question:
             "recipe": self.base.to_dict(),
             "space": {name: str(domain) for name, domain in self.space.items()},
             "search": {name: getattr(self.options, name) for name in DECISIVE},
+            "how": {name: getattr(self.options, name) for name in HOW},
         }
 
 
@@ -110,7 +111,7 @@ def read_question(folder: Path) -> dict[str, Any]:
     """
     try:
         kept: dict[str, Any] = json.loads(question_file(folder).read_text())
-        return {name: kept[name] for name in ("given", "command", "recipe", "space", "search")}
+        return {name: kept[name] for name in ("given", "command", "recipe", "space", "search", "how")}
     except FileNotFoundError:
         known = ", ".join(sorted(p.parent.parent.name for p in folder.parent.glob("*/ray/search.json")))
         raise InputError(
@@ -138,19 +139,19 @@ def ask(argv: Sequence[str]) -> Question:
             raise InputError("--resume: say with --name which search to go on with.")
         earlier = read_question(folder)
         given = {**earlier["given"], **given}
-        options = SearchOptions(**{**earlier["search"], **own})
+        options = SearchOptions(**{**earlier["search"], **earlier["how"], **own})
     else:
         cli.check_new(folder)
     base, space = space_for(given.get("arch", "resnet"), given)
     if options.grace_period > base.max_epochs:
         raise InputError(f"grace_period: {options.grace_period}. Legal: 1 to {base.max_epochs}, which is max_epochs.")
-    words = [word for word in argv if word != "--resume"] + ([] if options.name else ["--name", name])
+    words = [*argv, *([] if "--name" in " ".join(argv) else ["--name", name])]
     question = Question(
         options=options,
         base=base,
         space=space,
         folder=folder,
-        command=shlex.join(["python", "-m", "tune.asha", *words]),
+        command=cli.command("tune.asha", words, earlier["command"] if earlier else ""),
         given=given,
         dashboard=switches["dashboard"],
         quiet=switches["quiet"],

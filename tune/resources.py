@@ -29,6 +29,8 @@ def per_trial(options: SearchOptions, there: dict[str, float]) -> dict[str, floa
         if takes[name] > has:
             where = "this machine" if options.address is None else f"the cluster at {options.address}"
             raise InputError(f"{flag}: {takes[name]:g}. Legal: up to {has:g}; {where} has {has:g} {name}s.")
+    if gpus > 1 and gpus % 1:
+        raise InputError(f"gpus_per_trial: {gpus:g}. Legal: a fraction of one GPU, or a whole number of them.")
     return takes
 
 

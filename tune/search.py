@@ -10,13 +10,14 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from cifar_lab import cli, machine
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.evaluate import add_test_figures, evaluate
-from cifar_lab.files import write_atomically
-from cifar_lab.fit import Row, Run, ended_run, finite, write_best
-from cifar_lab.recipe import InputError
+from cifar_lab.evaluate import check_test_set, evaluate, test_record
+from cifar_lab.files import write_json
+from cifar_lab.fit import Row, best_record, ended_run, finite
+from cifar_lab.recipe import InputError, Recipe
 from cifar_lab.report import headline
 from tune import resources
 from tune.cluster import Job, cluster, run_jobs
@@ -34,38 +35,62 @@ class Search:
     """A search under way: its question, its record, its view."""
 
     def __init__(self, question: Question) -> None:
-        if question.earlier is not None:
-            base = question.base.replace(precision=question.earlier["recipe"]["precision"])
-        else:
-            base = machine.resolve_precision(question.base)
-        self.question = dataclasses.replace(question, base=base)
-        self.options, self.folder = question.options, question.folder
-        self.data = CIFAR10DataModule(base)
-        # Of a cluster that is still to be joined this machine is the best guess.
-        self.use(resources.here() if self.options.address is None else {"CPU": float(self.options.cpus_per_trial)})
-        self.rungs = Rungs(self.options.grace_period, base.max_epochs, self.options.reduction_factor)
+        self.question, self.options, self.folder = question, question.options, question.folder
+        self.rungs = Rungs(self.options.grace_period, question.base.max_epochs, self.options.reduction_factor)
+        self.finalist_epochs: dict[str, int] = {}
+        self.faults: list[str] = []
 
     def run(self) -> int:
         """Search, train the finalists, test the winner, report; returns the exit status."""
-        self.claim()
+        if self.question.earlier is not None and self.open_record().finished(self.options.finalists, self.seeds()):
+            self.say(f"This search is finished; nothing was changed. {self.result()}")
+            return cli.DONE
+        self.prepare()
         with locked(self.folder):
-            self.experiment = Experiment(self.folder, self.question.configurations())
-            if self.experiment.finished(self.options.finalists, self.seeds()):
-                self.say(f"This search is finished; nothing was changed. {self.result()}")
-                return cli.DONE
-            write_atomically(question_file(self.folder), json.dumps(self.question.to_dict(), indent=1) + "\n")
-            self.experiment.reopen()
+            self.open_record()
             try:
-                self.train()
-                interrupted = not self.experiment.trained(self.options.finalists, self.seeds())
-                if not interrupted:
+                with cluster(self.options.address, dashboard=self.question.dashboard) as joined:
+                    self.use(joined.resources)
+                    write_json(question_file(self.folder), self.question.to_dict())
+                    self.experiment.reopen()
+                    self.say(self.plan())
+                    if joined.dashboard:
+                        self.say(f"Dashboard: http://{joined.dashboard} (to sign in: ray get-auth-token)")
+                    self.train()
+                if self.experiment.trained(self.options.finalists, self.seeds()):
                     self.test()
             except KeyboardInterrupt:
-                interrupted = True
-            except OSError as error:
-                print(cli.paragraph(f"error: {error}. What was reached is kept."), file=sys.stderr)
-                interrupted = True
-            return self.conclude(interrupted)
+                self.faults.append("interrupted")
+            except (OSError, InputError) as error:
+                if not (self.folder / "trials.csv").exists():
+                    shutil.rmtree(self.folder)  # nothing was begun: the name stays free
+                    raise
+                self.faults.append(str(error))
+            return self.conclude()
+
+    def open_record(self) -> Experiment:
+        """Read what is known of the trials."""
+        self.experiment = Experiment(self.folder, self.question.configurations())
+        return self.experiment
+
+    def prepare(self) -> None:
+        """See that images, folder and processors allow the search, then settle its precision.
+
+        Raises:
+            InputError: they do not.
+        """
+        base, earlier = self.question.base, self.question.earlier
+        self.data = CIFAR10DataModule(base)
+        check_test_set(base, self.data.classes)
+        # Of a cluster that is still to be joined this is a guess, to be mended when it is.
+        asked = {"CPU": float(self.options.cpus_per_trial), "GPU": self.options.gpus_per_trial or 0.0}
+        self.use(resources.here() if self.options.address is None else asked)
+        self.claim()
+        if earlier is None:
+            base = machine.resolve_precision(base)
+        else:
+            base = base.replace(precision=earlier["recipe"]["precision"])
+        self.question = dataclasses.replace(self.question, base=base)
 
     def claim(self) -> None:
         """Make the search's folder; see that it can be written, and that the disk holds what is to come."""
@@ -135,16 +160,10 @@ class Search:
     # What it does
 
     def train(self) -> None:
-        """Run what is left of the trials and of the finalists on Ray."""
-        self.finalist_epochs: dict[str, int] = {}
-        with cluster(self.options.address, dashboard=self.question.dashboard) as joined:
-            self.use(joined.resources)
-            self.say(self.plan())
-            if joined.dashboard:
-                self.say(f"Dashboard: http://{joined.dashboard} (to sign in: ray get-auth-token)")
-            self.run_trials()
-            if not self.experiment.pending():
-                self.run_finalists()
+        """Run what is left of the trials and of the finalists."""
+        self.run_trials()
+        if not self.experiment.pending():
+            self.run_finalists()
 
     def view(self, title: str, rungs: Sequence[int] = ()) -> View:
         """The live view."""
@@ -172,15 +191,18 @@ class Search:
                 scratch=self.folder / "ray",
             )
 
+    def job(self, job_id: str, recipe: Recipe) -> Job:
+        """A training of this search; a worker may stand elsewhere, so its places are absolute."""
+        if recipe.data_dir is not None:
+            recipe = recipe.replace(data_dir=str(Path(recipe.data_dir).absolute()))
+        return Job(job_id, recipe, self.experiment.checkpoints(job_id))
+
     def run_trials(self) -> None:
         """Run the trials that are still pending, ASHA stopping them."""
         experiment = self.experiment
         for trial in experiment.trials.values():
-            self.rungs.enter(trial.trial_id, [(int(row["epoch"]), score(row)) for row in trial.rows])
-        jobs = [
-            Job(trial_id, self.question.recipe(trial_id), experiment.checkpoints(trial_id))
-            for trial_id in experiment.pending()
-        ]
+            self.rungs.enter(trial.trial_id, [(int(row["epoch"]), row["val_acc"]) for row in trial.rows if finite(row)])
+        jobs = [self.job(trial_id, self.question.recipe(trial_id)) for trial_id in experiment.pending()]
         view = self.view("search", list(self.rungs.values))
 
         def judge(trial_id: str, row: Row) -> bool:
@@ -190,7 +212,7 @@ class Search:
                 reason = f"epoch {row['epoch']:.0f}: train_loss {row['train_loss']:.4g}, val_loss {row['val_loss']:.4g}"
                 experiment.conclude(trial_id, "diverged", reason)
                 return False  # it ends by itself
-            decision = self.rungs.decide(trial_id, int(row["epoch"]), score(row))
+            decision = self.rungs.decide(trial_id, int(row["epoch"]), row["val_acc"])
             if decision.stop:
                 experiment.conclude(trial_id, "stopped", str(decision))
             else:
@@ -226,7 +248,7 @@ class Search:
         for key in experiment.lineup(self.options.finalists, self.seeds()):
             if key not in experiment.finalists:
                 recipe = self.question.recipe(key[0]).replace(seed=key[1])
-                jobs[finalist_id(*key)] = Job(finalist_id(*key), recipe, experiment.checkpoints(finalist_id(*key)))
+                jobs[finalist_id(*key)] = self.job(finalist_id(*key), recipe)
         view = self.view(f"finalists, {len(jobs)} to train")
 
         def judge(job_id: str, row: Row) -> bool:
@@ -240,6 +262,8 @@ class Search:
             run = ended_run(job.folder)
             if run is not None and not error:
                 experiment.add_finalist(job_id.partition("-")[0], run)
+            if error:
+                self.faults.append(f"{job_id} failed: {error}")
             view.ended(job_id, error or (f"val_acc {run.best['val_acc']:.4f}" if run else "interrupted"))
 
         if jobs:
@@ -257,29 +281,38 @@ class Search:
             return
         best = max(answers, key=lambda finalist: finalist.val_acc)
         recipe = self.question.recipe(best.trial_id).replace(seed=best.seed)
-        run = Run(recipe, self.experiment.checkpoints(finalist_id(best.trial_id, best.seed)))
-        run.history.append({"epoch": best.best_epoch, "val_acc": best.val_acc})
-        write_best(self.folder, run, trial_id=best.trial_id, command=self.question.command)
-        add_test_figures(self.folder, answers[best], [answer.accuracy for answer in answers.values()])
+        made = best_record(
+            recipe,
+            {"epoch": best.best_epoch, "val_acc": best.val_acc},
+            self.experiment.checkpoints(finalist_id(best.trial_id, best.seed)) / "best.ckpt",
+            self.folder,
+            trial_id=best.trial_id,
+            command=self.question.command,
+        )
+        tested = test_record(answers[best], [answer.accuracy for answer in answers.values()])
+        answers[best].write(self.folder)
+        write_json(self.folder / "best.json", made | tested)
 
     # What it says
 
-    def conclude(self, interrupted: bool) -> int:
+    def conclude(self) -> int:
         """Write the report, say what came out and how to go on; returns the exit status."""
-        failed = [t for t in self.experiment.trials.values() if t.status == "failed"]
+        failed = [t.reason for t in self.experiment.trials.values() if t.status == "failed"]
         try:
             if any(t.rows for t in self.experiment.trials.values()):
                 write_report(self.folder)
         except OSError as error:
-            print(cli.paragraph(f"error: {error}. The report could not be written."), file=sys.stderr)
-        for reason, count in Counter(t.reason for t in failed).most_common():
+            self.faults.append(f"the report could not be written: {error}")
+        for reason, count in Counter(failed).most_common():
             print(cli.paragraph(f"{count} of {len(self.experiment.trials)} trials failed: {reason}"), file=sys.stderr)
+        for fault in self.faults:
+            print(cli.paragraph(f"error: {fault}"), file=sys.stderr)
         self.say(self.result(), always=True)
-        if interrupted or failed or not (self.folder / "best.json").exists():
-            print("Not all is done; what was reached is kept. To go on:")
-            print(self.question.resume_command)
-            return cli.FAILED
-        return cli.DONE
+        if self.experiment.finished(self.options.finalists, self.seeds()):
+            return cli.DONE
+        print("Not all is done; what was reached is kept. To go on:")
+        print(self.question.resume_command)
+        return cli.FAILED
 
     def result(self) -> str:
         """What the search found, in a paragraph."""
@@ -308,8 +341,3 @@ class Search:
 def finalist_id(trial_id: str, seed: int) -> str:
     """The id of a finalist's training."""
     return f"{trial_id}-s{seed}"
-
-
-def score(row: Row) -> float:
-    """What ASHA compares: val_acc, or nothing at all for a diverged epoch."""
-    return row["val_acc"] if finite(row) else 0.0

@@ -62,7 +62,7 @@ class View:
 
     def __post_init__(self) -> None:
         self.spoken = self.start
-        self.console = Console(quiet=self.quiet, highlight=False)
+        self.console = Console(quiet=self.quiet, highlight=False, markup=False)
         self.live: Live | None = None
 
     def __enter__(self) -> View:
