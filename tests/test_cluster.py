@@ -1,0 +1,66 @@
+"""Jobs on Ray: errors of ours end them all, errors of a job are told with their cause."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar_lab.recipe import Recipe
+from tune.cluster import Job, cluster, run_jobs
+
+
+@pytest.fixture(scope="module")
+def processors() -> Iterator[dict[str, float]]:
+    with cluster(None, dashboard=False) as joined:
+        yield joined.resources
+
+
+def jobs(folder: Path, **fields: Any) -> list[Job]:
+    recipe = Recipe(arch="classic_cnn", limit_train=50, max_epochs=3, **fields)
+    return [Job(name, recipe, folder / name) for name in ("T000", "T001", "T002")]
+
+
+def run(folder: Path, made: list[Job], **hooks: Any) -> None:
+    quiet: dict[str, Any] = {"judge": lambda *_: False, "on_start": lambda *_: None, "on_end": lambda *_: None}
+    run_jobs(made, **(quiet | hooks), takes={"CPU": 1.0, "GPU": 0.0}, concurrent=1, scratch=folder / "ray")
+
+
+def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: dict[str, float], tmp_path: Path) -> None:
+    started: list[str] = []
+
+    def judge(job_id: str, row: dict[str, Any]) -> bool:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device"):
+        run(tmp_path, jobs(tmp_path, dataset="digits"), judge=judge, on_start=started.append)
+    assert started == ["T000"]
+    assert not (tmp_path / "T001").exists()
+
+
+def test_a_job_that_fails_is_told_with_its_cause_and_the_others_go_on(
+    processors: dict[str, float], tmp_path: Path
+) -> None:
+    ended: dict[str, str] = {}
+    made = jobs(tmp_path, dataset="digits")
+    broken = made[1].recipe.replace(dataset="folder", data_dir=str(tmp_path / "nowhere"))
+    made[1] = Job("T001", broken, tmp_path / "T001")
+    run(tmp_path, made, on_end=ended.__setitem__)
+    assert ended["T000"] == "" and ended["T002"] == ""
+    assert "nowhere' is no folder" in ended["T001"]
+
+
+def test_a_job_is_stopped_when_the_judge_says_so_and_trains_no_epoch_more(
+    processors: dict[str, float], tmp_path: Path
+) -> None:
+    heard: list[tuple[str, int]] = []
+
+    def judge(job_id: str, row: dict[str, Any]) -> bool:
+        heard.append((job_id, int(row["epoch"])))
+        return job_id == "T001" and row["epoch"] == 1
+
+    run(tmp_path, jobs(tmp_path, dataset="digits"), judge=judge)
+    assert [epoch for job, epoch in heard if job == "T001"] == [1]
+    assert [epoch for job, epoch in heard if job == "T002"] == [1, 2, 3]
