@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 
+from cifar_lab import cli
 from cifar_lab.evaluate import main as evaluate
 from cifar_lab.recipe import InputError
 from cifar_lab.train import main as train
@@ -168,3 +170,42 @@ def test_a_report_of_a_committed_search_can_be_written_again(tmp_path: Path) -> 
     assert f"Test accuracy {sum(best['test_acc_seeds']) / 3:.2%}" in page
     with pytest.raises(InputError, match="no search lies there"):
         report([str(tmp_path)])
+
+
+def test_a_missing_test_set_is_refused_before_any_training(tmp_path: Path, make_tree: Callable[..., Path]) -> None:
+    images = make_tree()
+    shutil.rmtree(images / "test" / "pear")
+    (images / "test" / "plum").mkdir()
+    shutil.copy(next((images / "test" / "apple").iterdir()), images / "test" / "plum" / "a.png")
+    words = ["--arch", "classic_cnn", "--dataset", "folder", "--data_dir", str(images)]
+    with pytest.raises(InputError, match="The test set has the classes apple, plum, the training set apple, pear"):
+        asha([*words, "--results_dir", str(tmp_path / "results"), "--name", "a"])
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_finished_training_is_left_alone_and_a_checkpoint_speaks_for_itself_only(tmp_path: Path) -> None:
+    words = [*TINY, "--name", "one", "--results_dir", str(tmp_path), "--max_epochs", "1", "--quiet"]
+    assert train(words) == 0
+    folder = tmp_path / "one"
+    assert evaluate([str(folder / "checkpoints" / "best.ckpt"), "--quiet"]) == 0
+    before = (folder / "best.json").read_text()
+    assert train(["--name", "one", "--results_dir", str(tmp_path), "--resume"]) == 0
+    assert evaluate([str(folder / "checkpoints" / "last.ckpt"), "--quiet"]) == 0
+    assert (folder / "best.json").read_text() == before
+    assert "sha256" not in json.loads((folder / "checkpoints" / "best.json").read_text())
+
+
+def test_a_refused_training_leaves_its_name_free(tmp_path: Path) -> None:
+    words = ["--name", "one", "--results_dir", str(tmp_path), "--arch", "classic_cnn"]
+    with pytest.raises(InputError, match="is no folder"):
+        train([*words, "--data_dir", "/nowhere"])
+    assert not (tmp_path / "one").exists()
+
+
+def test_the_command_that_goes_on_asks_the_same_again() -> None:
+    first = cli.command("tune.asha", ["--arch", "resnet", "--name", "a b"])
+    assert first == "python -m tune.asha --arch resnet --name 'a b'"
+    assert cli.command("tune.asha", ["--name", "a b", "--resume"], first) == first
+    grown = cli.command("tune.asha", ["--name", "a b", "--num_samples", "40", "--resume"], first)
+    assert grown == f"{first} --name 'a b' --num_samples 40"
+    assert cli.resume_line(first).endswith(" -m tune.asha --arch resnet --name 'a b' --resume")
