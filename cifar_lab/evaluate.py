@@ -143,7 +143,7 @@ def evaluate(checkpoint: Path | str, *, data_dir: str | None = None) -> Evaluati
     return Evaluation(labels, probabilities, model.classes)
 
 
-def tested_record(evaluation: Evaluation, accuracies: Sequence[float]) -> dict[str, Any]:
+def record_of_test(evaluation: Evaluation, accuracies: Sequence[float]) -> dict[str, Any]:
     """What best.json says of the test set.
 
     `accuracies` are those of each seed of the same recipe; test_acc is of the one whose predictions are written.
@@ -192,7 +192,7 @@ def main(argv: Sequence[str]) -> int:
     best = json.loads((run / "best.json").read_text()) if (run / "best.json").exists() else {}
     own = best.get("sha256") == sha256(checkpoint)
     output = Path(asked.output) if asked.output else run if own else checkpoint.absolute().parent
-    best = {**(best if own else {}), **tested_record(result, [result.accuracy])}
+    best = {**(best if own else {}), **record_of_test(result, [result.accuracy])}
     try:
         output.mkdir(parents=True, exist_ok=True)
         result.write(output)

@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 from cifar_lab import data
 from cifar_lab.data import DataError
-from cifar_lab.evaluate import Evaluation, evaluate, t_interval, tested_record, wilson
+from cifar_lab.evaluate import Evaluation, evaluate, record_of_test, t_interval, wilson
 from cifar_lab.fit import CheckpointError, fit
 from cifar_lab.recipe import Recipe
 
@@ -97,7 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Pa
 def test_the_files_say_what_sklearn_says(trained: Path, tmp_path: Path) -> None:
     answers = evaluate(trained)
     answers.write(tmp_path)
-    best = tested_record(answers, [answers.accuracy])
+    best = record_of_test(answers, [answers.accuracy])
     told = pd.read_csv(tmp_path / "test_predictions.csv")
     assert list(told) == ["index", "label", "prediction", *(f"p{i}" for i in range(10))]
     assert told["index"].tolist() == list(range(360))
@@ -121,7 +121,7 @@ def test_the_files_say_what_sklearn_says(trained: Path, tmp_path: Path) -> None:
 
 
 def test_the_accuracies_of_all_seeds_stand_beside_that_of_the_predictions(answers: Evaluation) -> None:
-    best = tested_record(answers, [0.1, 0.2])
+    best = record_of_test(answers, [0.1, 0.2])
     assert best["test_acc_seeds"] == [0.1, 0.2] and best["test_acc"] == answers.accuracy
 
 

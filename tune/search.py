@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cifar_lab import cli, machine
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.evaluate import check_test_set, evaluate, tested_record
+from cifar_lab.evaluate import check_test_set, evaluate, record_of_test
 from cifar_lab.files import write_json
 from cifar_lab.fit import Row, best_record, ended_run, finite
 from cifar_lab.recipe import InputError, Recipe
@@ -289,7 +289,7 @@ class Search:
             trial_id=best.trial_id,
             command=self.question.command,
         )
-        tested = tested_record(answers[best], [answer.accuracy for answer in answers.values()])
+        tested = record_of_test(answers[best], [answer.accuracy for answer in answers.values()])
         answers[best].write(self.folder)
         write_json(self.folder / "best.json", made | tested)
 
