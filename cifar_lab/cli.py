@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -140,6 +141,15 @@ def check_new(folder: Path) -> None:
             f"name: {folder.name!r} exists in {folder.parent} already, and results are never overwritten. "
             "Go on with what lies there by --resume, or take another --name."
         )
+
+
+def settled_name(name: str | None, given: Given, *, what: str, resume: bool) -> str:
+    """The name given, or ARCH-DATASET-YYYYmmdd-HHMMSS for a new search or training, `what`."""
+    if name is not None:
+        return name
+    if resume:
+        raise InputError(f"--resume: say with --name which {what} to go on with.")
+    return f"{given.get('arch', 'resnet')}-{given.get('dataset', 'cifar10')}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def command(module: str, argv: Sequence[str], earlier: str = "") -> str:

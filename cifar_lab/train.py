@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,12 +39,10 @@ def main(argv: Sequence[str]) -> int:
     given, own = cli.parse("python -m cifar_lab.train", __doc__ or "", argv, options=TrainOptions, switches=SWITCHES)
     resume, quiet = bool(own.pop("resume", False)), bool(own.pop("quiet", False))
     options, recipe = TrainOptions(**own), Recipe(**given)
-    name = options.name or f"{recipe.arch}-{recipe.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = cli.settled_name(options.name, given, what="training", resume=resume)
     folder = Path(options.results_dir) / name
     last = folder / "checkpoints" / "last.ckpt"
     if resume:
-        if options.name is None:
-            raise InputError("--resume: say with --name which training to go on with.")
         if not last.parent.is_dir():
             raise InputError(f"name: there is no training {name!r} to resume in {options.results_dir}.")
     else:
@@ -68,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             return cli.DONE
     CIFAR10DataModule(recipe)  # refuses what is wrong with the images before a folder is made
     cli.make_folder(last.parent, options.results_dir)
-    words = [*argv, *([] if "--name" in " ".join(argv) else ["--name", name])]
+    words = [*argv, *([] if options.name else ["--name", name])]
     command = cli.command("cifar_lab.train", words)
 
     def on_epoch(row: Row) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,13 +129,10 @@ def ask(argv: Sequence[str]) -> Question:
     given, own = cli.parse("python -m tune.asha", DESCRIPTION, argv, options=SearchOptions, switches=SWITCHES)
     switches = {name: bool(own.pop(name, False)) for name in SWITCHES}
     options = SearchOptions(**own)
-    arch = given.get("arch", "resnet")
-    name = options.name or f"{arch}-{given.get('dataset', 'cifar10')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = cli.settled_name(options.name, given, what="search", resume=switches["resume"])
     folder = Path(options.results_dir).absolute() / name
     earlier = None
     if switches["resume"]:
-        if options.name is None:
-            raise InputError("--resume: say with --name which search to go on with.")
         earlier = read_question(folder)
         given = {**earlier["given"], **given}
         options = SearchOptions(**{**earlier["search"], **earlier["how"], **own})
@@ -145,7 +141,7 @@ def ask(argv: Sequence[str]) -> Question:
     base, space = space_for(given.get("arch", "resnet"), given)
     if options.grace_period > base.max_epochs:
         raise InputError(f"grace_period: {options.grace_period}. Legal: 1 to {base.max_epochs}, which is max_epochs.")
-    words = [*argv, *([] if "--name" in " ".join(argv) else ["--name", name])]
+    words = [*argv, *([] if options.name else ["--name", name])]
     question = Question(
         options=options,
         base=base,
