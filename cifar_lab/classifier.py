@@ -95,6 +95,8 @@ class ImageClassifier(pl.LightningModule):
         images, labels = batch
         inputs, targets, main = self._mixed(self.normalise(images), labels)
         logits = self.network(inputs).float()
+        if targets.ndim == 2:  # a network may have outputs that no class uses
+            targets = F.pad(targets, (0, logits.shape[1] - targets.shape[1]))
         loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
         with torch.no_grad():
             hits = (logits.argmax(1) == main).sum()
@@ -120,6 +122,12 @@ class ImageClassifier(pl.LightningModule):
             x = torch.randint(images.shape[3], (n,), device=device)
             images, targets = augment.cutmix(images, targets, partner, y, x, share)
         return images, targets, targets.argmax(1)
+
+    def on_before_optimizer_step(self, *_: Any) -> None:
+        if self.recipe.agc:
+            layers = [list(layer.parameters(recurse=False)) for layer in self.network.modules()]
+            *body, _last = filter(None, layers)
+            optim.clip_adaptively((p for own in body for p in own), self.recipe.agc)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.averaged is not None:

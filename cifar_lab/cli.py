@@ -67,6 +67,7 @@ def parse(
     *,
     options: type | None = None,
     switches: dict[str, str] | None = None,
+    lists: dict[str, str] | None = None,
     default_arch: str = "resnet",
 ) -> tuple[Given, Given]:
     """What was given for the recipe, and for the command's own options and switches; nothing that was left out.
@@ -77,6 +78,7 @@ def parse(
         argv: the words after it.
         options: a dataclass of further options, checked by its own making.
         switches: flags without a value and their help.
+        lists: flags with one value or more and their help.
         default_arch: whose fields are offered when no --arch is given.
 
     Raises:
@@ -90,13 +92,15 @@ def parse(
         parser.add_class_arguments(options, None)
     for name, text in (switches or {}).items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
+    for name, text in (lists or {}).items():
+        parser.add_argument(f"--{name}", nargs="+", help=text)
     parser.add_class_arguments(recipe, None)
     parsed = vars(parser.parse_args(list(argv), defaults=False))
     recipe_fields = {f.name for f in fields(recipe)}
     given = {k: v for k, v in parsed.items() if k in recipe_fields}
     own = {k: v for k, v in parsed.items() if k not in recipe_fields and k != "config"}
     if options is not None:
-        options(**{k: v for k, v in own.items() if k not in (switches or {})})
+        options(**{k: v for k, v in own.items() if k not in {**(switches or {}), **(lists or {})}})
     return given, own
 
 

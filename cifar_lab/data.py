@@ -226,10 +226,17 @@ def split(labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: the fractions or the limit leave a class without images, or ask for more than there are.
     """
-    from sklearn.model_selection import train_test_split
+    from sklearn.model_selection import StratifiedKFold, train_test_split
 
     classes = labels.numpy()
     everything, fraction, seed = np.arange(len(classes)), recipe.val_fraction, recipe.split_seed
+    if recipe.folds is not None:
+        chosen = _limited(everything, classes, recipe.limit_train, seed, "the training set")
+        if (fewest := int(np.bincount(classes[chosen]).min())) < recipe.folds:
+            raise DataError(f"folds: {recipe.folds}. Legal: 2 to {fewest}, the images of the smallest class.")
+        parts = StratifiedKFold(recipe.folds, shuffle=True, random_state=seed).split(chosen, classes[chosen])
+        train, validation = list(parts)[recipe.fold]
+        return torch.from_numpy(chosen[train]), torch.from_numpy(chosen[validation])
     try:
         train, validation = train_test_split(everything, test_size=fraction, stratify=classes, random_state=seed)
     except ValueError as error:
@@ -238,17 +245,18 @@ def split(labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
             f"val_fraction: {fraction} cannot be drawn, stratified, from {len(classes)} images in {len(counts)} "
             f"classes of {counts.min()} to {counts.max()} ({error})."
         ) from error
-    train, limit = np.sort(train), recipe.limit_train
-    if limit is not None:
-        fewest = len(np.unique(classes))
-        if not fewest <= limit <= len(train):
-            raise DataError(f"limit_train: {limit}. Legal: {fewest}, one a class, to {len(train)}, the training part.")
-        train = _first_of_each_class(train, classes[train], limit, seed)
+    train = _limited(np.sort(train), classes, recipe.limit_train, seed, "the training part")
     return torch.from_numpy(train), torch.from_numpy(np.sort(validation))
 
 
-def _first_of_each_class(indices: np.ndarray, labels: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """A stratified draw of `count`; a smaller draw is part of a larger one, and no class is left out."""
+def _limited(indices: np.ndarray, classes: np.ndarray, count: int | None, seed: int, whole: str) -> np.ndarray:
+    """A stratified draw of `count`, or all; a smaller draw is part of a larger one, and no class is left out."""
+    if count is None:
+        return indices
+    labels = classes[indices]
+    fewest = len(np.unique(classes))
+    if not fewest <= count <= len(indices):
+        raise DataError(f"limit_train: {count}. Legal: {fewest}, one a class, to {len(indices)}, {whole}.")
     order = np.random.default_rng(seed).permutation(len(indices))
     place = np.empty(len(indices))
     for label in np.unique(labels):
@@ -344,7 +352,7 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         recipe = self.recipe
-        fill = (self.mean * 255).round()
+        fill = (self.mean * 255).round() if recipe.cutout_fill == "mean" else torch.zeros(3)
         augmentation = Augmentation(
             padding=recipe.crop, flip=recipe.flip, degrees=recipe.rotate, cutout=recipe.cutout, fill=fill
         )

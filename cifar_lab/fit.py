@@ -19,6 +19,8 @@ from cifar_lab import machine
 from cifar_lab.classifier import ImageClassifier
 from cifar_lab.data import CIFAR10DataModule
 from cifar_lab.files import sha256
+from cifar_lab.layers import Network, WeightsError
+from cifar_lab.models import build
 from cifar_lab.recipe import InputError, Recipe
 
 Row = dict[str, float]
@@ -146,6 +148,7 @@ def quiet_lightning() -> None:
         r".*Checkpoint directory .* exists and is not empty.*",
         r".*GPU available but not used.*",
         r".*`Trainer.fit` stopped.*",
+        r".*module\(s\) in eval mode at the start of training.*",
     ):
         warnings.filterwarnings("ignore", message=text)
 
@@ -171,8 +174,36 @@ def trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], **options: 
     )
 
 
+def prepare(recipe: Recipe) -> CIFAR10DataModule:
+    """The recipe's images; to be called before folders are made, since it refuses what a training could not begin with.
+
+    Raises:
+        InputError: the images, or the weights that the architecture starts from, are absent or unreadable.
+    """
+    data = CIFAR10DataModule(recipe)
+    begin(build(recipe, len(data.classes)))
+    return data
+
+
+def begin(network: Network) -> None:
+    """Give a network the weights it starts from, where that is more than chance.
+
+    Raises:
+        InputError: they are absent or unreadable.
+    """
+    try:
+        network.start()
+    except WeightsError as error:
+        raise InputError(str(error)) from error
+
+
 def fit(
-    recipe: Recipe, folder: Path | str, *, resume: bool = False, on_epoch: Callable[[Row], None] | None = None
+    recipe: Recipe,
+    folder: Path | str,
+    *,
+    resume: bool = False,
+    on_epoch: Callable[[Row], None] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Run:
     """Train the recipe, leaving `best.ckpt` (weights) and `last.ckpt` (all that a resume needs) in `folder`.
 
@@ -183,6 +214,7 @@ def fit(
             uninterrupted run. A run that had ended is returned as it is.
         on_epoch: called after each epoch's checkpoints are written, with the epoch's row: CURVE_COLUMNS. A resumed run
             first calls it with the checkpoint's own epoch, which whoever was interrupted may not have heard of.
+        callbacks: observers of the training, called before the epoch's checkpoints are written.
 
     A training whose train or validation loss is no longer a number ends with that epoch and is marked `diverged`.
 
@@ -214,11 +246,13 @@ def fit(
     data = CIFAR10DataModule(run.recipe)
     torch.manual_seed(recipe.seed)
     model = ImageClassifier(run.recipe.to_dict(), data.classes, data.mean.tolist(), data.std.tolist())
-    callbacks: list[Callback] = []
+    if ckpt_path is None:
+        begin(model.network)
+    chosen = list(callbacks)
     if recipe.early_stop_patience is not None:
-        callbacks.append(EarlyStopping("val_acc", mode="max", patience=recipe.early_stop_patience))
-    callbacks.append(Recorder(run, on_epoch))
-    made = trainer(run.recipe, folder, callbacks, max_epochs=recipe.max_epochs, log_every_n_steps=10**9)
+        chosen.append(EarlyStopping("val_acc", mode="max", patience=recipe.early_stop_patience))
+    chosen.append(Recorder(run, on_epoch))
+    made = trainer(run.recipe, folder, chosen, max_epochs=recipe.max_epochs, log_every_n_steps=10**9)
     made.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     if made.interrupted:
         raise KeyboardInterrupt
@@ -247,18 +281,20 @@ def difference(was: Recipe, asked: Recipe) -> str:
     return "; ".join(f"{name} was {before.get(name)}, asked {after.get(name)}" for name in names)
 
 
-def best_record(recipe: Recipe, best: Row, checkpoint: Path, folder: Path, *, trial_id: str, command: str) -> Record:
+def best_record(
+    recipe: Recipe, best: Row, checkpoint: Path | None, folder: Path, *, trial_id: str, command: str
+) -> Record:
     """What best.json, in `folder`, says of a checkpoint before it is tested: what it is and how it came to be.
 
-    `best` is the row of its epoch, of which epoch and val_acc are taken.
+    `best` is the row of its epoch, of which epoch and val_acc are taken. Folds leave no checkpoint.
     """
     return {
         "recipe": recipe.to_dict(),
         "trial_id": trial_id,
         "epoch": int(best["epoch"]),
         "val_acc": best["val_acc"],
-        "checkpoint": os.path.relpath(checkpoint, folder),
-        "sha256": sha256(checkpoint),
+        "checkpoint": None if checkpoint is None else os.path.relpath(checkpoint, folder),
+        "sha256": None if checkpoint is None else sha256(checkpoint),
         "seed": recipe.seed,
         "versions": machine.versions(),
         "hardware": machine.hardware(),

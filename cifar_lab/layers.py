@@ -13,6 +13,10 @@ Activation = Literal["relu", "leaky_relu", "elu", "gelu"]
 Init = Literal["default", "xavier", "kaiming"]
 
 
+class WeightsError(ValueError):
+    """Weights to start from are absent, unreadable, or of another network."""
+
+
 class Network(nn.Module):
     """An architecture: images (N, 3, 32, 32) float, normalised, to logits (N, num_classes)."""
 
@@ -23,6 +27,13 @@ class Network(nn.Module):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+
+    def start(self) -> None:
+        """What a fresh training begins from beyond random weights; not called when a checkpoint is loaded.
+
+        Raises:
+            WeightsError: what it should begin from cannot be had.
+        """
 
 
 def memory_format(network: Network) -> torch.memory_format:

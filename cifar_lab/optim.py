@@ -15,6 +15,7 @@ from cifar_lab.recipe import Recipe
 
 DROP = 0.1  # what schedules step and plateau multiply the lr by; He et al. 2015
 ONECYCLE_RISE, ONECYCLE_START, ONECYCLE_END = 0.3, 1 / 25, 1 / 250_000  # Smith and Topin 2018, PyTorch's constants
+AGC_EPS = 1e-3  # norm that a weight is taken to have at least, else one at zero would stay there; Brock et al. 2021
 
 
 def optimizer(recipe: Recipe, parameters: Iterable[Parameter]) -> Optimizer:
@@ -67,3 +68,22 @@ def schedulers(recipe: Recipe, made: Optimizer, steps_per_epoch: int) -> list[di
         rise = LinearLR(made, start_factor=1 / (warm + 1), total_iters=warm)
         chosen.append({"scheduler": rise, "interval": "step"})
     return chosen
+
+
+@torch.no_grad()
+def clip_adaptively(parameters: Iterable[Parameter], ratio: float) -> None:
+    """Scale each unit's gradient down, in place, to a norm of at most `ratio` times that of the unit's weights.
+
+    A unit is a row of the first dimension (an output channel, an output of a dense layer); a vector is one unit.
+
+    Source: adaptive gradient clipping, Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without
+    Normalization". There the last dense layer is not clipped: leave it out of `parameters`.
+    """
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is None:
+            continue
+        dims = tuple(range(1, parameter.ndim)) or None
+        allowed = torch.linalg.vector_norm(parameter, dim=dims, keepdim=True).clamp_min(AGC_EPS) * ratio
+        norm = torch.linalg.vector_norm(grad, dim=dims, keepdim=True)
+        grad.mul_((allowed / norm.clamp_min(1e-6)).clamp_max(1))

@@ -8,9 +8,13 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from cifar_lab.gradients import BINS, EXPONENTS
+
+PANELS = 24  # parameters that one figure of gradients has room for
 HUMAN = 0.94  # accuracy of people on CIFAR-10, Karpathy 2011
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 # Okabe and Ito's colours, which the colour-blind can tell apart.
@@ -116,6 +120,27 @@ def confusion(table: pd.DataFrame) -> Figure:
     return figure
 
 
+def tested(table: pd.DataFrame) -> Figure:
+    """Accuracy and loss on the test set after every epoch, a line a setting: what was read after the end.
+
+    `table` is test.csv: setting_id, epoch, test_acc, test_loss.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    for axes, name, label in zip(
+        figure.subplots(1, 2), ("test_acc", "test_loss"), ("test accuracy", "test loss (cross-entropy)"), strict=True
+    ):
+        for color, (setting, own) in zip(LEADERS * len(table), table.groupby("setting_id"), strict=False):
+            axes.plot(own.epoch, own[name], color=color, lw=1.8, marker="o", ms=3, label=str(setting))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        if name == "test_acc":
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def slices(table: pd.DataFrame, fields: Sequence[str], winner: str, ranges: Mapping[str, bool]) -> Figure:
     """Each searched field against val_acc, a point a trial; the winner is ringed.
 
@@ -167,3 +192,84 @@ def stops(epochs: Sequence[int], rungs: Sequence[int], max_epochs: int) -> Figur
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, loc="upper right", fontsize=8)
     return figure
+
+
+def gradients(table: pd.DataFrame) -> Figure:
+    """Each parameter's |gradient| over epochs, a panel each: weights first, biases in rows of their own.
+
+    Args:
+        table: gradients.csv, its columns as in `cifar_lab.gradients`.
+
+    Blue is the share of the entries in each half decade, orange, at the bottom, the share that was exactly zero. Of
+    more than PANELS parameters only those of `shown_parameters` are drawn.
+    """
+    table = table[table.kind == "gradient"]
+    names, choice = shown_parameters(table)
+    biases = [name for name in names if name.endswith("bias")]
+    weights = [name for name in names if name not in biases]
+    columns = min(6, max(len(weights), len(biases)))
+    places = [name for group in (weights, biases) for name in [*group, *[""] * (-len(group) % columns)]]
+    rows = len(places) // columns
+
+    epochs = np.arange(table.epoch.min(), table.epoch.max() + 1)
+    step = EXPONENTS[1] - EXPONENTS[0]
+    edges = np.array([EXPONENTS[0] - step, *EXPONENTS, EXPONENTS[-1] + step])
+    shares, zeros = {}, {}
+    for name in names:
+        own = table[table.layer == name].set_index("epoch").reindex(epochs)
+        bins = own[list(BINS)].div(own.n, axis=0).to_numpy(float).T
+        zeros[name] = own.zero.to_numpy(float)[None]
+        bins = np.concatenate([bins[:1] - zeros[name], bins[1:]])
+        shares[name] = np.ma.masked_less(np.ma.masked_invalid(bins), 1e-9)  # what the subtraction leaves of nothing
+    filled = [i for i in range(len(BINS)) if any(share[i].count() for share in shares.values())]
+    low, high = (filled[0], filled[-1] + 1) if filled else (0, len(BINS))
+    top, foot = edges[high], edges[low]
+    band = max(1.0, 0.12 * (top - foot))
+
+    figure = Figure(figsize=(1.8 + 2.1 * columns, 1.2 + 1.8 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    sides = np.append(epochs, epochs[-1] + 1) - 0.5
+    shade = LogNorm(1e-3, 1)
+    for i, (axes, name) in enumerate(zip(grid, places, strict=True)):
+        if not name:
+            axes.set_axis_off()
+            continue
+        blue = axes.pcolormesh(sides, edges[low : high + 1], shares[name][low:high], cmap="Blues", norm=shade)
+        orange = axes.pcolormesh(sides, [foot - band, foot], zeros[name], cmap="Oranges", vmin=0, vmax=1)
+        axes.axhline(foot, color=GREY, lw=0.6)
+        axes.set_title(name, fontsize=7)
+        last = i + columns >= len(places) or not places[i + columns]
+        axes.tick_params(labelsize=7, labelbottom=last)
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True, min_n_ticks=1))
+    powers = [power for power in range(-10, 2, 2) if foot <= power <= top]
+    grid[0].set_yticks([foot - band / 2, *powers], ["0", *(f"$10^{{{power}}}$" for power in powers)])
+    for image, label in ((blue, "share of the entries"), (orange, "share exactly zero")):
+        bar = figure.colorbar(image, ax=grid.tolist(), shrink=min(1, 1.6 / rows), aspect=15, pad=0.01)
+        bar.set_label(label, fontsize=8)
+        bar.ax.tick_params(labelsize=7)
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("|gradient|", fontsize=9)
+    if choice:
+        figure.suptitle(choice, fontsize=9)
+    return figure
+
+
+def shown_parameters(table: pd.DataFrame) -> tuple[list[str], str]:
+    """The parameters that gradients.csv's figure has room for, in their order, and in words what was left out.
+
+    Those of norms go first (a norm has as many biases as weights), then the biases, then all but evenly spaced ones.
+    """
+    sizes = {str(name): int(n) for name, n in table.groupby("layer", sort=False).n.max().items()}
+    names = list(sizes)
+    left_out: list[str] = []
+    pairs = [(name, name.removesuffix("bias") + "weight") for name in names if name.endswith("bias")]
+    norms = {name for pair in pairs if sizes.get(pair[1]) == sizes[pair[0]] for name in pair}
+    biases = {bias for bias, _ in pairs}
+    for group, what in ((norms, "the norms"), (biases, "the biases")):
+        kept = [name for name in names if name not in group]
+        if len(names) > PANELS and 0 < len(kept) < len(names):
+            names, left_out = kept, [*left_out, what]
+    if len(names) > PANELS:
+        left_out.append(f"{len(names) - PANELS} spread evenly")
+        names = [names[i] for i in np.linspace(0, len(names) - 1, PANELS).round().astype(int)]
+    return names, f"{len(names)} of {len(sizes)} parameters; left out: {', '.join(left_out)}" if left_out else ""

@@ -60,16 +60,22 @@ class Recipe:
         data_dir: where the images lie; unset: CIFAR_LAB_DATA, else the cache, into which cifar10 is downloaded.
         limit_train: use only this many images of the training part, stratified; validation stays whole.
         val_fraction: part of the training set held out for validation, stratified.
-        split_seed: seed of that split.
+        split_seed: seed of that split, or of the folds.
+        folds: cross-validation instead of that split: the training set in this many stratified parts, of which part
+            `fold` validates; limit_train then counts the images of all parts.
+        fold: the part that validates, counted from 0.
         normalize: per-channel mean and std of the training part (train), .5 and .5 (half), or neither (none).
         augment: whether training images are augmented by crop, flip, rotate and cutout.
         crop: padding of the random crop, pixels.
         flip: horizontal flip: none, random (half of the images), alternating (all of them every second epoch).
         rotate: largest random rotation, degrees.
-        cutout: side of the square blanked with the mean colour, pixels.
+        cutout: side of the square that is blanked, pixels.
+        cutout_fill: what the square shows, mean (the mean color) or black.
         mixup: alpha of the Beta distribution that mixes pairs of images and labels; 0 is off.
         cutmix: alpha of the Beta distribution of the area pasted from another image, labels in proportion; 0 is off.
         label_smoothing: share of the target spread evenly over the classes.
+        agc: adaptive gradient clipping: largest norm of a unit's gradient over that of its weights, the last layer
+            left alone; 0 is off.
         optimizer: sgd, adam (L2 in the gradient) or adamw (decoupled decay).
         lr: peak learning rate.
         momentum: momentum of sgd; the first beta of adam and adamw.
@@ -95,15 +101,19 @@ class Recipe:
     limit_train: int | None = at_least(1, None, " images, or unset")
     val_fraction: float = dial(0.1, "more than 0 and less than 1", lambda v: 0 < v < 1)
     split_seed: int = at_least(0, 0)
+    folds: int | None = at_least(2, None, ", or unset")
+    fold: int = at_least(0, 0)
     normalize: Literal["train", "half", "none"] = "train"
     augment: bool = True
     crop: int = dial(4, "0 to 16 pixels", lambda v: 0 <= v <= 16)
     flip: Literal["none", "random", "alternating"] = "random"
     rotate: float = dial(0.0, "0 to 180 degrees", lambda v: 0 <= v <= 180)
     cutout: int = dial(0, "0 to 32 pixels", lambda v: 0 <= v <= 32)
+    cutout_fill: Literal["mean", "black"] = "mean"
     mixup: float = at_least(0, 0.0)
     cutmix: float = at_least(0, 0.0)
     label_smoothing: float = _fraction(0.0)
+    agc: float = at_least(0, 0.0)
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: float = _positive(0.1)
     momentum: float = _fraction(0.9)
@@ -144,6 +154,9 @@ class Recipe:
             raise RecipeError(
                 f"nesterov: True needs optimizer=sgd and momentum above 0, not {self.optimizer} and {self.momentum}."
             )
+        if self.fold >= (self.folds or 1):
+            legal = f"0 to {self.folds - 1}, below folds" if self.folds else "0, while folds is unset"
+            raise RecipeError(f"fold: {self.fold}. Legal: {legal}.")
         if self.mixup and self.cutmix:
             raise RecipeError(f"mixup: {self.mixup} and cutmix: {self.cutmix}; only one of them may be above 0.")
         if self.warmup_epochs and self.schedule == "onecycle":

@@ -14,6 +14,7 @@ import pandas as pd
 from cifar_lab import plots
 from cifar_lab.evaluate import t_interval
 from cifar_lab.files import write_atomically
+from cifar_lab.gradients import verdicts
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #fff; --faint: #666; --line: #ddd; --card: #f6f7f8 }
@@ -160,6 +161,15 @@ def curve_section(folder: Path, title: str) -> str:
     return section(title, *pictures)
 
 
+def gradient_section(folder: Path, title: str, file: Path | None = None) -> str:
+    """Gradients over epochs and what died, from the folder's gradients.csv or from another such file."""
+    table_of_gradients = pd.read_csv(file or folder / "gradients.csv", dtype={"layer": str})
+    place = folder / "figures" / ("gradients.png" if file is None else f"gradients_{file.stem}.png")
+    plots.save(plots.gradients(table_of_gradients), place)
+    caption = "Gradients over epochs: blue their sizes, orange, at the bottom, the share that was exactly zero"
+    return section(title, picture(place, caption), note(" ".join(verdicts(table_of_gradients))))
+
+
 def write_report(folder: Path) -> None:
     """Write the page of a training that `cifar_lab.train` left in the folder."""
     place = folder / "best.json"
@@ -167,6 +177,8 @@ def write_report(folder: Path) -> None:
     sections = class_sections(folder, best)
     if (folder / "curves.csv").exists():
         sections.append(curve_section(folder, "Over epochs"))
+    if (folder / "gradients.csv").exists():
+        sections.append(gradient_section(folder, "Gradients"))
     if "recipe" in best:
         sections.append(recipe_section(best))
         title = f"{best['recipe']['arch']} on {best['recipe']['dataset']}"

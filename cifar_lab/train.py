@@ -13,6 +13,7 @@ from cifar_lab.recipe import InputError, Recipe, check_fields
 
 SWITCHES = {
     "resume": "go on after the last epoch of the training --name",
+    "gradients": "keep histograms of the gradients, gradients.csv, and look for dead ReLUs",
     "quiet": "print nothing but errors and the last line",
 }
 
@@ -37,7 +38,7 @@ class TrainOptions:
 def main(argv: Sequence[str]) -> int:
     """The command: train, leaving curves.csv, best.json, report.html and the checkpoints; returns the exit status."""
     given, own = cli.parse("python -m cifar_lab.train", __doc__ or "", argv, options=TrainOptions, switches=SWITCHES)
-    resume, quiet = bool(own.pop("resume", False)), bool(own.pop("quiet", False))
+    resume, quiet, watch = (bool(own.pop(switch, False)) for switch in ("resume", "quiet", "gradients"))
     options, recipe = TrainOptions(**own), Recipe(**given)
     name = cli.settled_name(options.name, given, what="training", resume=resume)
     folder = Path(options.results_dir) / name
@@ -48,9 +49,9 @@ def main(argv: Sequence[str]) -> int:
     else:
         cli.check_new(folder)
     # Lightning takes seconds to import: not before the recipe is known to be a legal one.
-    from cifar_lab.data import CIFAR10DataModule
     from cifar_lab.files import write_csv, write_json
-    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, read_checkpoint, recorded
+    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, prepare, read_checkpoint, recorded
+    from cifar_lab.gradients import GradientWatch
     from cifar_lab.report import headline, write_report
 
     rows: list[Row] = []
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         if state["finished"] and (folder / "best.json").exists():
             print("This training is finished; nothing was changed.")
             return cli.DONE
-    CIFAR10DataModule(recipe)  # refuses what is wrong with the images before a folder is made
+    prepare(recipe)
     cli.make_folder(last.parent, options.results_dir)
     words = [*argv, *([] if options.name else ["--name", name])]
     command = cli.command("cifar_lab.train", words)
@@ -79,7 +80,8 @@ def main(argv: Sequence[str]) -> int:
             )
 
     try:
-        run = fit(recipe, folder / "checkpoints", resume=resume, on_epoch=on_epoch)
+        watches = [GradientWatch(folder / "gradients.csv")] if watch else []
+        run = fit(recipe, folder / "checkpoints", resume=resume, on_epoch=on_epoch, callbacks=watches)
     except KeyboardInterrupt:
         print(f"Interrupted; what was reached is kept. To go on:\n{cli.resume_line(command)}")
         return cli.FAILED

@@ -77,7 +77,9 @@ def another() -> Callable[[str, str], Any]:
         if typing.get_origin(hint) is typing.Literal:
             wanted: list[Any] = list(typing.get_args(hint))
         else:
-            by_type: dict[Any, list[Any]] = {bool: [True, False], int: [16, 8, 3, 2, 1], float: [0.5, 0.25, 2.0]}
+            by_type: dict[Any, list[Any]] = {
+                bool: [True, False], int: [16, 8, 3, 2, 1, 48], float: [0.5, 0.25, 2.0], str: ["1,2", "none"],
+            }  # fmt: skip
             wanted = by_type.get(hint, [])
         for value in wanted:
             try:

@@ -18,8 +18,16 @@ from cifar_lab import models
 from cifar_lab.models import ARCHITECTURES, build
 from cifar_lab.recipe import Recipe
 
-NARROW: dict[str, dict[str, Any]] = {"resnet": {"width": 8}}
-OWN = [(arch, name) for arch in ARCHITECTURES for name in models.parameters(arch)]
+NARROW: dict[str, dict[str, Any]] = {
+    "resnet": {"width": 8},
+    "nf_resnet": {"width": 8},
+    "wide_cnn": {"width": 4},
+    "mixed_kernel_cnn": {"width": 4},
+    "dynamic_cnn": {"width": 4, "num_blocks": "1,1"},
+    "pretrained": {"resolution": 32},
+}
+# What a training begins from is no part of the network that is built: tests/test_pretrained.py shows what it does.
+OWN = [(a, name) for a in ARCHITECTURES for name in models.parameters(a) if (a, name) != ("pretrained", "weights")]
 
 
 def make(arch: str, classes: int = 10, seed: int = 0, **fields: Any) -> nn.Module:
@@ -71,12 +79,29 @@ def test_the_seed_determines_the_weights(arch: str) -> None:
         ({"arch": "resnet", "depth": 50}, 23_520_842),
         ({"arch": "resnet", "depth": 101}, 42_512_970),
         ({"arch": "resnet", "depth": 18, "stem": "imagenet"}, 11_181_642),
+        # ResNet's, a gain and a bias in place of batch norm's two, and a gain for each of 8, 16, 16 blocks.
+        ({"arch": "nf_resnet", "depth": 18}, 11_173_962 + 8),
+        ({"arch": "nf_resnet", "depth": 34}, 21_282_122 + 16),
+        ({"arch": "nf_resnet", "depth": 50}, 23_520_842 + 16),
+        ({"arch": "pretrained"}, 11_181_642),
+        ({"arch": "compact_cnn"}, 23_210),
+        ({"arch": "wide_cnn"}, 6_284_810),
+        ({"arch": "three_layer_cnn"}, 1_153_418),
+        ({"arch": "mixed_kernel_cnn"}, 5_005_944),
+        ({"arch": "dynamic_cnn"}, 4_724_526),
     ],
     ids=str,
 )
 def test_the_number_of_parameters_is_the_published_one(fields: dict[str, Any], parameters: int) -> None:
     with torch.device("meta"):
         assert count(build(Recipe(**fields), 10)) == parameters
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_number_of_parameters_in_a_docstring_is_right(arch: str) -> None:
+    stated = re.findall(r"([\d,]+) parameters", inspect.getdoc(models.network_class(arch)) or "")
+    with torch.device("meta"):
+        assert set(stated) <= {f"{count(build(Recipe(arch=arch), 10)):,}", "23,000"}
 
 
 @pytest.mark.parametrize("depth", [18, 50])

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import OneCycleLR
 
-from cifar_lab.optim import lr_factor, optimizer, schedulers
+from cifar_lab.optim import clip_adaptively, lr_factor, optimizer, schedulers
 from cifar_lab.recipe import Recipe
 
 STEPS = 10
@@ -130,3 +130,45 @@ def test_frozen_parameters_are_left_out() -> None:
     frozen = Parameter(torch.zeros(2), requires_grad=False)
     (group,) = optimizer(Recipe(), [Parameter(torch.zeros(2)), frozen]).param_groups
     assert len(group["params"]) == 1
+
+
+SHAPES = [(), (5,), (4, 7), (6, 3, 3, 3)]
+
+
+def clipped_unit_by_unit(weight: torch.Tensor, grad: torch.Tensor, ratio: float) -> torch.Tensor:
+    """Brock et al. 2021, equation 3, in floating-point numbers of Python."""
+    if weight.ndim > 1:
+        return torch.stack([clipped_unit_by_unit(w.flatten(), g, ratio) for w, g in zip(weight, grad, strict=True)])
+    most = ratio * max(math.sqrt(float((weight.double() ** 2).sum())), 1e-3)
+    norm = math.sqrt(float((grad.double() ** 2).sum()))
+    return grad * (most / norm) if norm > most else grad
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_adaptive_clipping_is_the_papers_unit_by_unit(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    for scale in (1e-4, 0.01, 1.0, 100.0):
+        p = Parameter(torch.randn(shape))
+        grad = torch.randn(shape) * scale
+        if p.ndim > 1:
+            grad[0], p.data[1], grad[2] = 0, 0, grad[2] * 1e-6
+        p.grad = grad.clone()
+        clip_adaptively([p], 0.01)
+        torch.testing.assert_close(p.grad, clipped_unit_by_unit(p.detach(), grad, 0.01))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_adaptive_clipping_leaves_what_is_below_the_ratio_bit_by_bit(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    p = Parameter(torch.randn(shape))
+    p.grad = p.detach() * 0.0099
+    before, place = p.grad.clone(), p.grad
+    clip_adaptively([p, Parameter(torch.ones(2))], 0.01)
+    assert torch.equal(p.grad, before) and p.grad is place
+
+
+def test_adaptive_clipping_lets_a_weight_at_zero_move() -> None:
+    p = Parameter(torch.zeros(3))
+    p.grad = torch.tensor([3.0, 0.0, 4.0])
+    clip_adaptively([p], 0.01)
+    torch.testing.assert_close(p.grad, torch.tensor([0.6e-5, 0.0, 0.8e-5]))

@@ -257,7 +257,16 @@ MOVES: dict[str, tuple[dict[str, Any], Any]] = {
     "seed": ({}, 1),
     "precision": ({"max_epochs": 1, "limit_train": 20, "batch_size": 20, "width": 1, "val_fraction": 0.01}, "bf16"),
 }  # fmt: skip
-SMALL: dict[str, dict[str, Any]] = {"classic_cnn": {"width": 2}, "resnet": {"width": 8, "stem": "imagenet"}}
+SMALL: dict[str, dict[str, Any]] = {
+    "classic_cnn": {"width": 2},
+    "resnet": {"width": 8, "stem": "imagenet"},
+    "nf_resnet": {"width": 4},
+    "three_layer_cnn": {"channels1": 4, "channels2": 4},
+    "wide_cnn": {"width": 4},
+    "mixed_kernel_cnn": {"width": 4},
+    "dynamic_cnn": {"width": 4, "num_blocks": "1,1"},
+    "pretrained": {"resolution": 32, "weights": "none"},
+}
 SHORT: dict[str, Any] = {k: v for k, v in CONTEXT.items() if k != "width"} | {"limit_train": 40, "max_epochs": 1}
 
 
@@ -320,7 +329,8 @@ def test_patience_decides_how_many_epochs_there_are(tmp_path: Path) -> None:
     assert len(left({**fields, "early_stop_patience": value}, tmp_path)["curves"]) == 2 < fields["max_epochs"]
 
 
-@pytest.mark.parametrize(("arch", "name"), OWN)
+# What weights a training begins from, tests/test_pretrained.py shows.
+@pytest.mark.parametrize(("arch", "name"), [own for own in OWN if own != ("pretrained", "weights")])
 def test_every_own_field_moves_something(
     arch: str, name: str, trained: Trained, tmp_path: Path, another: Callable[[str, str], Any]
 ) -> None:

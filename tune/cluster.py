@@ -33,11 +33,21 @@ RETRIES = 2  # of a trial that raised or whose worker died; each goes on after i
 
 @dataclass(frozen=True)
 class Job:
-    """A training to run: an id, its recipe, the folder of its checkpoints."""
+    """A training to run: an id, its recipe, the folder of its checkpoints.
+
+    `gradients` names a file for its gradient histograms; `every_epoch` keeps each epoch's checkpoint, epoch-N.ckpt.
+    """
 
     job_id: str
     recipe: Recipe
     folder: Path
+    gradients: Path | None = None
+    every_epoch: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `run_trial` gets, in primitives."""
+        gradients = None if self.gradients is None else str(self.gradients)
+        return vars(self) | {"recipe": self.recipe.to_dict(), "folder": str(self.folder), "gradients": gradients}
 
 
 @dataclass(frozen=True)
@@ -165,7 +175,7 @@ def run_jobs(
             faults.append(error)
             return True
 
-    configs = [{"job_id": job.job_id, "recipe": job.recipe.to_dict(), "folder": str(job.folder)} for job in jobs]
+    configs = [job.to_dict() for job in jobs]
     attempt = len(list(scratch.glob("attempt-*"))) + 1
     tuner = ray.tune.Tuner(
         ray.tune.with_resources(run_trial, {"cpu": takes["CPU"], "gpu": takes["GPU"]}),

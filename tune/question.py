@@ -1,4 +1,4 @@
-"""Question: what a search was asked, kept with it so that it can only be resumed as itself."""
+"""Question: what a run of many trainings was asked, kept with it so that it can only be resumed as itself."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from cifar_lab import cli
-from cifar_lab.recipe import InputError, Recipe, at_least, check_fields
+from cifar_lab.recipe import InputError, Recipe, at_least
+from tune.resources import RunOptions
 from tune.space import Domain, configuration, space_for
 
 SWITCHES = {
@@ -24,157 +25,207 @@ PLACES = ("data_dir",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class SearchOptions:
+class SearchOptions(RunOptions):
     """How the search goes about it; below are the recipe's fields: one that is given is fixed, and not searched.
 
     Args:
         num_samples: configurations drawn.
         grace_period: epochs before a trial may be stopped.
         reduction_factor: a rung passes the best 1/reduction_factor and lies this many times later than the one before.
-        max_concurrent: trials at once; unset: as many as the processors hold.
-        cpus_per_trial: CPU cores a trial.
-        gpus_per_trial: GPUs a trial, fractions allowed; unset: 1 where there is one, else 0.
         finalists: best trials that are trained anew, at full length.
         finalist_seeds: new seeds for each of them.
-        name: the search's name, a folder in results_dir; unset: ARCH-DATASET-YYYYmmdd-HHMMSS.
-        results_dir: where searches lie.
-        address: a running Ray cluster to join; unset: this machine alone.
     """
 
     num_samples: int = at_least(1, 30)
     grace_period: int = at_least(1, 1, " epoch")
     reduction_factor: int = at_least(2, 3)
-    max_concurrent: int | None = at_least(1, None, ", or unset")
-    cpus_per_trial: int = at_least(1, 1)
-    gpus_per_trial: float | None = at_least(0, None, ", or unset")
     finalists: int = at_least(1, 3)
     finalist_seeds: int = at_least(1, 3)
-    name: str | None = None
-    results_dir: str = "results/runs"
-    address: str | None = None
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        cli.check_name(self.name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """What is searched: `base` is what trials share, `space` what they vary; `earlier`, a search to go on with."""
+    """What many trainings are to answer; `base` is what they share, `given` what was said of it.
 
-    options: SearchOptions
+    `earlier` is the question of the run to go on with, if any, as `to_dict` wrote it.
+    """
+
+    options: RunOptions
     base: Recipe
-    space: dict[str, Domain]
     folder: Path
     command: str
     given: dict[str, Any]
-    dashboard: bool
-    quiet: bool
-    earlier: dict[str, Any] | None
+    dashboard: bool = False
+    quiet: bool = False
+    earlier: dict[str, Any] | None = None
 
     def configurations(self) -> dict[str, dict[str, Any]]:
-        """The searched fields of each trial, by trial id."""
-        return {f"T{i:03d}": configuration(self.space, self.base.seed, i) for i in range(self.options.num_samples)}
+        """The varied fields of each trial, by trial id."""
+        raise NotImplementedError
 
     def recipe(self, trial_id: str) -> Recipe:
         """The recipe of a trial."""
-        return self.base.replace(**configuration(self.space, self.base.seed, int(trial_id[1:])))
+        return self.base.replace(**self.configurations()[trial_id])
+
+    def decisive(self) -> dict[str, dict[str, Any]]:
+        """What decides the result beside the recipe: may not change when the run is resumed."""
+        raise NotImplementedError
 
     @property
     def resume_command(self) -> str:
-        """What goes on with this search."""
+        """What goes on with this run."""
         return cli.resume_line(self.command)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is kept in search.json, and compared when the search is resumed."""
+        """What is kept beside the run, and compared when it is resumed."""
         return {
             "given": self.given,
             "command": self.command,
+            "how": {name: getattr(self.options, name) for name in HOW},
             "recipe": self.base.to_dict(),
+            **self.decisive(),
+        }
+
+    def checked(self) -> Self:
+        """The question, once every recipe in it was made and, for a resumed run, compared with what was asked before.
+
+        Raises:
+            InputError: a recipe is impossible, or the question is another one.
+        """
+        for trial_id in self.configurations():
+            self.recipe(trial_id)
+        if self.earlier is not None:
+            _refuse_another(self.earlier, self)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchQuestion(Question):
+    """What a search is asked: `space` is what its trials vary."""
+
+    options: SearchOptions
+    space: dict[str, Domain]
+
+    def configurations(self) -> dict[str, dict[str, Any]]:
+        return {f"T{i:03d}": configuration(self.space, self.base.seed, i) for i in range(self.options.num_samples)}
+
+    def recipe(self, trial_id: str) -> Recipe:
+        return self.base.replace(**configuration(self.space, self.base.seed, int(trial_id[1:])))
+
+    def decisive(self) -> dict[str, dict[str, Any]]:
+        return {
             "space": {name: str(domain) for name, domain in self.space.items()},
             "search": {name: getattr(self.options, name) for name in DECISIVE},
-            "how": {name: getattr(self.options, name) for name in HOW},
         }
+
+    def checked(self) -> Self:
+        grace, longest = self.options.grace_period, self.base.max_epochs
+        if grace > longest:
+            raise InputError(f"grace_period: {grace}. Legal: 1 to {longest}, which is max_epochs.")
+        return super().checked()
 
 
 def question_file(folder: Path) -> Path:
-    """Where a search keeps its question."""
+    """Where a run keeps its question."""
     return folder / "ray" / "search.json"
 
 
 def read_question(folder: Path) -> dict[str, Any]:
-    """What the search in `folder` was asked.
+    """What the run in `folder` was asked.
 
     Raises:
-        InputError: there is no search in that folder, or its question is damaged.
+        InputError: there is none in that folder, or its question is damaged.
     """
     try:
         kept: dict[str, Any] = json.loads(question_file(folder).read_text())
-        return {name: kept[name] for name in ("given", "command", "recipe", "space", "search", "how")}
+        if missing := {"given", "command", "recipe", "how"} - set(kept):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        return kept
     except FileNotFoundError:
         known = ", ".join(sorted(p.parent.parent.name for p in folder.parent.glob("*/ray/search.json")))
         raise InputError(
-            f"name: there is no search {folder.name!r} to resume in {folder.parent}. There: {known or 'none'}."
+            f"name: there is nothing named {folder.name!r} to resume in {folder.parent}. There: {known or 'none'}."
         ) from None
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"--resume: {question_file(folder)} is damaged ({error}).") from error
 
 
-def ask(argv: Sequence[str]) -> Question:
-    """The question on a command line, checked: every configuration that will be tried is a legal recipe.
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """The words of a command, read: what was given for the recipe and for the options, where the run lies."""
+
+    given: dict[str, Any]
+    options: dict[str, Any]
+    resume: bool
+    quiet: bool
+    dashboard: bool
+    folder: Path
+    earlier: dict[str, Any] | None
+    command: str
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What any Question takes of it."""
+        names = ("given", "quiet", "dashboard", "folder", "earlier", "command")
+        return {name: getattr(self, name) for name in names}
+
+
+def read_words(
+    argv: Sequence[str],
+    module: str,
+    what: str,
+    description: str,
+    options: type[RunOptions],
+    lists: dict[str, str] | None = None,
+) -> Asked:
+    """Read a command line; a resumed run is as it was wherever nothing else is given.
 
     Raises:
-        InputError: something in it is impossible, or the folder belongs to another search.
+        InputError: an unknown flag, an impossible option, a folder that exists or one that does not.
     """
-    given, own = cli.parse("python -m tune.asha", DESCRIPTION, argv, options=SearchOptions, switches=SWITCHES)
+    given, own = cli.parse(f"python -m {module}", description, argv, options=options, switches=SWITCHES, lists=lists)
     switches = {name: bool(own.pop(name, False)) for name in SWITCHES}
-    options = SearchOptions(**own)
-    name = cli.settled_name(options.name, given, what="search", resume=switches["resume"])
-    folder = Path(options.results_dir).absolute() / name
+    name = cli.settled_name(own.get("name"), given, what=what, resume=switches["resume"])
+    folder = Path(own.get("results_dir", RunOptions.results_dir)).absolute() / name
     earlier = None
     if switches["resume"]:
         earlier = read_question(folder)
         given = {**earlier["given"], **given}
-        options = SearchOptions(**{**earlier["search"], **earlier["how"], **own})
+        own = {**earlier["how"], **own}
     else:
         cli.check_new(folder)
-    base, space = space_for(given.get("arch", "resnet"), given)
-    if options.grace_period > base.max_epochs:
-        raise InputError(f"grace_period: {options.grace_period}. Legal: 1 to {base.max_epochs}, which is max_epochs.")
-    words = [*argv, *([] if options.name else ["--name", name])]
-    question = Question(
-        options=options,
-        base=base,
-        space=space,
-        folder=folder,
-        command=cli.command("tune.asha", words, earlier["command"] if earlier else ""),
-        given=given,
-        dashboard=switches["dashboard"],
-        quiet=switches["quiet"],
-        earlier=earlier,
-    )
-    for trial_id in question.configurations():
-        question.recipe(trial_id)
-    if earlier is not None:
-        _refuse_another(earlier, question)
-    return question
+    words = [*argv, *([] if own.get("name") else ["--name", name])]
+    command = cli.command(module, words, earlier["command"] if earlier else "")
+    return Asked(given=given, options=own, **switches, folder=folder, earlier=earlier, command=command)
+
+
+def ask(argv: Sequence[str]) -> SearchQuestion:
+    """The question on tune.asha's command line, checked: every configuration that will be tried is a legal recipe.
+
+    Raises:
+        InputError: something in it is impossible, or the folder belongs to another search.
+    """
+    asked = read_words(argv, "tune.asha", "search", DESCRIPTION, SearchOptions)
+    earlier = (asked.earlier or {}).get("search", {})
+    base, space = space_for(asked.given.get("arch", "resnet"), asked.given)
+    options = SearchOptions(**{**earlier, **asked.options})
+    return SearchQuestion(options=options, base=base, space=space, **asked.common).checked()
 
 
 def _refuse_another(earlier: dict[str, Any], question: Question) -> None:
-    """A search may only be resumed with the question it was asked; more samples are more of the same."""
-    now = question.to_dict()
+    """A run may only be resumed with the question it was asked; more samples are more of the same."""
     changes = []
-    for part in ("recipe", "space", "search"):
-        was, asked = earlier[part], now[part]
-        for name in {**was, **asked}:
-            before, after = was.get(name, "not searched"), asked.get(name, "not searched")
+    for part, now in {"recipe": question.base.to_dict(), **question.decisive()}.items():
+        was = earlier.get(part, {})
+        for name in {**was, **now}:
+            before, after = was.get(name, "not searched"), now.get(name, "not searched")
             grown = name == "num_samples" and after > before
             measured = name == "precision" and after == "auto"
             if before != after and not grown and not measured and name not in PLACES:
                 changes.append(f"{name} was {before}, is now {after}")
     if changes:
         raise InputError(
-            f"--resume: the search in {question.folder} was asked something else: {'; '.join(changes)}. "
+            f"--resume: what lies in {question.folder} was asked something else: {'; '.join(changes)}. "
             "Leave these as they were (only num_samples may grow), or take another --name."
         )
 

@@ -125,16 +125,78 @@ def write_report(folder: Path) -> None:
     write_atomically(folder / "report.html", run_report.page(title, lead, sections))
 
 
+def setting_curves(folder: Path, fields: Sequence[str]) -> pd.DataFrame:
+    """curves.csv of a grid with a line a setting, named by its values where they are short, folds averaged."""
+    curves = pd.read_csv(folder / "curves.csv", dtype={"trial_id": str})
+    table_of_settings = pd.read_csv(folder / "settings.csv", dtype={"setting_id": str})
+    names = {
+        row["setting_id"]: f"{row['setting_id']} " + " ".join(f"{row[name]}" for name in fields)
+        for row in table_of_settings.to_dict("records")
+    }
+    curves["trial_id"] = curves.trial_id.str.partition("-")[0].map(names).str[:30]
+    return curves.groupby(["trial_id", "epoch"], as_index=False).mean()
+
+
+def write_grid_report(folder: Path) -> None:
+    """Write the page, and its figures, of a grid whose settings.csv and curves.csv lie in the folder."""
+    made = pd.read_csv(folder / "settings.csv", dtype={"setting_id": str})
+    fields = list(made.columns)[1 : list(made.columns).index("folds")]
+    place = folder / "best.json"
+    best = json.loads(place.read_text()) if place.exists() else None
+    counts = ", ".join(f"{n} {status}" for status, n in made.status.value_counts().items())
+    rows = [
+        (
+            r["setting_id"],
+            *(str(r[name]) for name in fields),
+            *("" if pd.isna(r[name]) else percent(r[name], 2) for name in ("val_acc", "val_acc_std", "train_acc")),
+            *("" if pd.isna(r[name]) else f"{r[name]:.4f}" for name in ("val_loss", "val_macro_f1")),
+            *("" if pd.isna(r[name]) else f"{r[name]:.0f}" for name in ("folds", "best_epoch", "seconds")),
+            r["status"],
+            "" if pd.isna(r["reason"]) else r["reason"],
+        )
+        for r in made.sort_values("val_acc", ascending=False).to_dict("records")
+    ]
+    header = (
+        "setting", *fields, "val_acc", "std (ddof 1)", "train_acc", "val_loss", "val_macro_f1", "folds", "best epoch",
+        "seconds", "status", "reason",
+    )  # fmt: skip
+    text = "All figures are means over the folds at the epoch with the best mean val_acc. " + counts + "."
+    places = [folder / "figures" / f"curves_{metric}.png" for metric in ("acc", "loss")]
+    curves = setting_curves(folder, fields)
+    for metric, figure in zip(("acc", "loss"), places, strict=True):
+        plots.save(plots.curves(curves, metric), figure)
+    sections = [
+        section("Settings", note(text), table(rows, header)),
+        section("Over epochs", *(picture(p, "Validation bold, training faint in the same color") for p in places)),
+    ]
+    for file in sorted((folder / "gradients").glob("*.csv")):
+        sections.append(run_report.gradient_section(folder, f"Gradients of {file.stem}", file))
+    if best is None:
+        title, lead = folder.name, f"No setting has won yet: {counts}."
+    else:
+        recipe = best["recipe"]
+        title = f"{recipe['arch']} on {recipe['dataset']}: {len(made)} settings"
+        chosen = ", ".join(f"{name} {recipe[name]}" for name in fields if name != "fold")
+        interval = "" if best["val_low"] is None else f" ({percent(best['val_low'])} to {percent(best['val_high'])})"
+        lead = f"Best: {chosen or 'the one setting'}. Validation accuracy {percent(best['val_acc'], 2)}{interval} at "
+        lead += f"epoch {best['epoch']}.{run_report.scale(recipe)}"
+        sections = [*sections, *run_report.class_sections(folder, best), run_report.recipe_section(best)]
+    write_atomically(folder / "report.html", run_report.page(title, lead, sections))
+
+
 def main(argv: Sequence[str]) -> int:
-    """The command: write a search's page again."""
+    """The command: write a search's or a grid's page again."""
     parser = cli.Parser(
         prog="python -m tune.report", description="Write a search's report.html again.", allow_abbrev=False
     )
     parser.add_argument("folder", help="what a search left: trials.csv, curves.csv, best.json, ...")
     folder = Path(parser.parse_args(list(argv)).folder)
-    if not (folder / "trials.csv").exists() or not (folder / "curves.csv").exists():
-        raise InputError(f"{folder}: no search lies there; trials.csv and curves.csv are needed.")
-    write_report(folder)
+    if (folder / "settings.csv").exists() and (folder / "curves.csv").exists():
+        write_grid_report(folder)
+    elif (folder / "trials.csv").exists() and (folder / "curves.csv").exists():
+        write_report(folder)
+    else:
+        raise InputError(f"{folder}: no search lies there; curves.csv and trials.csv or settings.csv are needed.")
     print(os.path.relpath(folder / "report.html"))
     return cli.DONE
 

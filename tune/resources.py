@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 import socket
+from dataclasses import dataclass
 
 import torch
 
-from cifar_lab import machine
-from cifar_lab.recipe import InputError
-from tune.question import SearchOptions
+from cifar_lab import cli, machine
+from cifar_lab.recipe import InputError, at_least, check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where many trainings run, on what.
+
+    Args:
+        max_concurrent: trials at once; unset: as many as the processors hold.
+        cpus_per_trial: CPU cores a trial.
+        gpus_per_trial: GPUs a trial, fractions allowed; unset: 1 where there is one, else 0.
+        name: a folder in results_dir; unset: ARCH-DATASET-YYYYmmdd-HHMMSS.
+        results_dir: where searches lie.
+        address: a running Ray cluster to join; unset: this machine alone.
+    """
+
+    max_concurrent: int | None = at_least(1, None, ", or unset")
+    cpus_per_trial: int = at_least(1, 1)
+    gpus_per_trial: float | None = at_least(0, None, ", or unset")
+    name: str | None = None
+    results_dir: str = "results/runs"
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        cli.check_name(self.name)
 
 
 def here() -> dict[str, float]:
@@ -16,7 +41,7 @@ def here() -> dict[str, float]:
     return {"CPU": float(machine.cores()), "GPU": float(torch.cuda.device_count())}
 
 
-def per_trial(options: SearchOptions, there: dict[str, float]) -> dict[str, float]:
+def per_trial(options: RunOptions, there: dict[str, float]) -> dict[str, float]:
     """What one trial takes: a GPU, where there is one and nothing was said.
 
     Raises:
@@ -34,7 +59,7 @@ def per_trial(options: SearchOptions, there: dict[str, float]) -> dict[str, floa
     return takes
 
 
-def at_once(options: SearchOptions, there: dict[str, float]) -> int:
+def at_once(options: RunOptions, there: dict[str, float]) -> int:
     """Trials that run at once."""
     takes = per_trial(options, there)
     fit = int(there["CPU"] // takes["CPU"])

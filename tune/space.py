@@ -79,11 +79,65 @@ TABLE_2: dict[str, Domain] = {
 }
 STUDY_001 = {"batch_size": 64, "momentum": 0.9, "rotate": 15.0, "schedule": "none", "max_epochs": 30}
 
+# What the other reports leave open; each around the value that its report had.
+LR_ADAM, LR_SGD = LogUniform(1e-4, 1e-2), LogUniform(3e-3, 3e-1)
+DECAY = LogUniform(1e-5, 1e-2)
+REGULARISATION: dict[str, Domain] = {"weight_decay": DECAY, "augment": Choice(True, False)}
+DROPOUT = Choice(0.0, 0.1, 0.3, 0.5)
+
 SPACES: dict[str, Space] = {
     "classic_cnn": Space(
         search={**TABLE_2, "batch_norm": Choice(True, False), "init": Choice("xavier", "default")}, fixed=STUDY_001
     ),
     "resnet": Space(search={**TABLE_2, "depth": Choice(18, 34)}, fixed=STUDY_001),
+    "compact_cnn": Space(
+        search={
+            **REGULARISATION,
+            "lr": LR_ADAM,
+            "width": Choice(32, 64),
+            "depth": Choice(2, 3, 4),
+            "activation": Choice("relu", "leaky_relu", "elu"),
+        },
+        fixed={"max_epochs": 30, "rotate": 15.0},
+    ),
+    "wide_cnn": Space(
+        search={**REGULARISATION, "lr": LR_ADAM, "dropout": DROPOUT, "schedule": Choice("plateau", "cosine")}
+    ),
+    "three_layer_cnn": Space(
+        search={
+            **REGULARISATION,
+            "lr": LR_ADAM,
+            "dropout": DROPOUT,
+            "batch_size": Choice(20, 40, 80),
+            "batch_norm": Choice(True, False),
+            "mixup": Choice(0.0, 0.2),
+        }
+    ),
+    "mixed_kernel_cnn": Space(
+        search={"lr": LR_SGD, "weight_decay": DECAY, "dropout": DROPOUT, "schedule": Choice("none", "cosine")},
+        fixed={"max_epochs": 30},
+    ),
+    "dynamic_cnn": Space(
+        search={"lr": LR_ADAM, "weight_decay": DECAY, "dropout": DROPOUT, "branches": Choice(2, 4)},
+        fixed={"max_epochs": 30, "schedule": "cosine"},
+    ),
+    "nf_resnet": Space(
+        search={
+            "lr": LR_SGD,
+            "weight_decay": DECAY,
+            "dropout": DROPOUT,
+            "agc": LogUniform(2e-3, 2e-1),
+            "depth": Choice(18, 34),
+        }
+    ),
+    "pretrained": Space(
+        search={
+            "lr": LogUniform(1e-4, 3e-2),
+            "weight_decay": DECAY,
+            "dropout": DROPOUT,
+            "frozen": Choice(True, False),
+        }
+    ),
 }
 
 

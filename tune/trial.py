@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ def run_trial(config: dict[str, Any]) -> None:
     Ray waits for the scheduler's decision in each report, so that a stopped trial trains no epoch in vain. The first
     report of a trial that goes on repeats its last epoch: the driver may have died before it heard of it.
     """
-    from cifar_lab.fit import fit
+    from cifar_lab.fit import Row, fit
+    from cifar_lab.gradients import GradientWatch
 
     job = config["job"]
-    fit(
-        Recipe(**job["recipe"]),
-        Path(job["folder"]),
-        resume=True,
-        on_epoch=lambda row: ray.tune.report(dict(row)),
-    )
+    folder = Path(job["folder"])
+
+    def on_epoch(row: Row) -> None:
+        if job["every_epoch"]:
+            shutil.copyfile(folder / "last.ckpt", epoch_checkpoint(folder, int(row["epoch"])))
+        ray.tune.report(dict(row))
+
+    watches = [GradientWatch(Path(job["gradients"]))] if job["gradients"] else []
+    fit(Recipe(**job["recipe"]), folder, resume=True, on_epoch=on_epoch, callbacks=watches)
+
+
+def epoch_checkpoint(folder: Path, epoch: int) -> Path:
+    """Where an epoch's checkpoint is kept, if every epoch's is."""
+    return folder / f"epoch-{epoch}.ckpt"

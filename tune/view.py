@@ -147,7 +147,7 @@ class View:
             f"{row['val_acc']:.4f}" if row else "",
             f"{best['val_acc']:.4f}" if best else "",
             "running" if running else trial.status if trial else "",
-            settings(self.experiment.trials[job.partition("-")[0]].searched),
+            settings((trial or self.experiment.trials[job.partition("-")[0]]).searched),
         ]
 
 

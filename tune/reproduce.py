@@ -1,0 +1,326 @@
+"""A study is run, tested, and set beside what was published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from cifar_lab import cli, plots
+from cifar_lab.evaluate import Evaluation, evaluate, record_of_test, t_interval, wilson
+from cifar_lab.files import read_csv, write_csv, write_json
+from tune.experiment import Experiment
+from tune.grid import Grid, Setting, settings_of
+from tune.grid_question import GridQuestion
+from tune.published import Row, update
+from tune.question import Question, SearchOptions, SearchQuestion
+from tune.report import write_grid_report
+from tune.search import Search
+from tune.study import FREE, Figure, Study, studies
+from tune.trial import epoch_checkpoint
+
+SMALL = (
+    "settings.csv", "trials.csv", "curves.csv", "finalists.csv", "best.json", "per_class.csv", "confusion.csv",
+    "test.csv", "figures/*.png",
+)  # fmt: skip
+TEST_COLUMNS = ("setting_id", "epoch", "n", "test_acc", "low", "high", "test_loss", "test_macro_f1")
+Value = tuple[float, float | None, float | None, int | None]  # a figure, its interval, the images behind it
+
+
+def reproduce(study: Study, question: Question, published_dir: Path) -> int:
+    """Run what the study asks, or go on with it; then test, copy the small files, write its rows. The exit status."""
+    if isinstance(question, GridQuestion):
+        if status := Grid(question).run():
+            return status
+        rows = grid_rows(study, question)
+    else:
+        assert isinstance(question, SearchQuestion)
+        if status := Search(question).run():
+            return status
+        rows = search_rows(study, question)
+    copy(question.folder, published_dir / study.name / study.variant)
+    update(published_dir, [(s.name, s.variant, unrun(s)) for v in studies().values() for s in v.values()], rows)
+    for row in rows:
+        told = "" if row["published"] is None else f", published {row['published']:g}"
+        print(f"{study.name} {study.variant}: {row['metric']} {_told(row['ours'])}{told}")
+    return cli.DONE
+
+
+def _told(value: float | None) -> str:
+    return "not run" if value is None else f"{value:.4f}"
+
+
+def unrun(study: Study) -> list[Row]:
+    """The rows of a study that was not run."""
+    return [
+        _row(study, figure, None, reason=_joined("not run", study.wants and f"wants {study.wants}", figure.note))
+        for figure in study.published
+    ]
+
+
+def _row(study: Study, figure: Figure, value: Value | None, **more: Any) -> Row:
+    ours, low, high, n = value or (None, None, None, None)
+    return {
+        "study": study.name, "variant": study.variant, "metric": figure.label, "published": figure.value,
+        "ours": ours, "low": low, "high": high, "n": n, **more,
+    }  # fmt: skip
+
+
+def _joined(*parts: str | None) -> str:
+    return "; ".join(part for part in parts if part)
+
+
+# What the run says
+
+
+def scaled(study: Study, question: Question) -> list[str]:
+    """What was done otherwise than the study has it, in words: 6 of 150 epochs, width 16."""
+    base, told = question.base, []
+    full = study.base()
+    defaults = type(base)(**full)
+    for name, value in question.given.items():
+        meant = full.get(name, getattr(defaults, name))
+        if name in FREE or name == "limit_train" or value == meant or name in study.grid:
+            continue
+        told.append(f"{value} of {meant} epochs" if name == "max_epochs" else f"{name} {value} instead of {meant}")
+    if isinstance(question, SearchQuestion):
+        meant = SearchOptions(**(study.search or {}))
+        for name, what in (("num_samples", "trials"), ("finalists", "finalists"), ("finalist_seeds", "seeds")):
+            if (was := getattr(question.options, name)) != getattr(meant, name):
+                told.append(f"{was} of {getattr(meant, name)} {what}")
+    return told
+
+
+def scale(study: Study, question: Question, images: int) -> str:
+    """Images, epochs, and what was scaled down."""
+    told = scaled(study, question)
+    epochs = [] if any(text.endswith("epochs") for text in told) else [f"{question.base.max_epochs} epochs"]
+    whole = "" if question.base.limit_train is None else " (limit_train)"
+    return "; ".join([f"{images:,} training images{whole}", *epochs, *told])
+
+
+def shared_cells(study: Study, question: Question, best: dict[str, Any], images: int, seeds: str) -> dict[str, Any]:
+    """The cells that all rows of a run have alike."""
+    return {
+        "seed": seeds,
+        "scale": scale(study, question, images),
+        "hardware": best["hardware"],
+        "command": question.command,
+    }
+
+
+def reason(study: Study, question: Question, figure: Figure, note: str = "") -> str:
+    """Remarks: what the figure is, what was scaled down and what it wants, what the study does otherwise."""
+    small = bool(scaled(study, question)) or question.base.limit_train is not None
+    return _joined(figure.note, note, (small and f"scaled down: wants {study.wants}") or None, study.note)
+
+
+# Grids
+
+
+def grid_rows(study: Study, question: GridQuestion) -> list[Row]:
+    """The rows of a grid, its checkpoints tested where a published figure is of the test set."""
+    experiment = Experiment(question.folder, question.configurations())
+    made = settings_of(question, experiment)
+    best = json.loads((question.folder / "best.json").read_text())
+    if any("test" in figure.metric for figure in study.published):
+        read_test(question, experiment, made, best)
+        best = json.loads((question.folder / "best.json").read_text())
+    images = trained_images(question)
+    cells = shared_cells(study, question, best, images, str(question.base.seed))
+    rows = []
+    for figure in study.published:
+        value, note = grid_value(figure, question, made, best, images)
+        why = "not run: the value was left out" if value is None else ""
+        rows.append(_row(study, figure, value, **cells, reason=_joined(why, reason(study, question, figure, note))))
+    return rows
+
+
+def trained_images(question: Question) -> int:
+    """Images that a training of this question sees in an epoch."""
+    from cifar_lab.data import CIFAR10DataModule
+
+    return len(CIFAR10DataModule(question.base).train_indices)
+
+
+def grid_value(
+    figure: Figure, question: GridQuestion, made: Sequence[Setting], best: dict[str, Any], images: int
+) -> tuple[Value | None, str]:
+    """A figure's value in a grid, and a remark: which setting it is of, where the figure leaves that open."""
+    setting = _matching(made, figure.at, best)
+    if setting is None or not setting.at_best():
+        return None, ""
+    value = setting_value(figure.metric, question.folder, setting, best)
+    note = ""
+    if not figure.at and setting.varied:
+        note = "best setting: " + ", ".join(f"{k} {v}" for k, v in setting.varied.items())
+    if setting.status != "completed":
+        note = _joined(note, f"{setting.status}: {setting.row()['reason']}")
+    if figure.over:
+        other = _matching(made, figure.over, best)
+        if other is None or not other.at_best():
+            return None, note
+        return (value[0] - setting_value(figure.metric, question.folder, other, best)[0], None, None, value[3]), note
+    return value, note
+
+
+def _matching(made: Sequence[Setting], at: dict[str, Any], best: dict[str, Any]) -> Setting | None:
+    """The setting with these values, or the best one where none are given; a field that was fixed must agree."""
+    if not at:
+        return next(s for s in made if s.setting_id == best["trial_id"])
+    for setting in made:
+        if all({**best["recipe"], **setting.varied}[name] == value for name, value in at.items()):
+            return setting
+    return None
+
+
+def setting_value(metric: str, folder: Path, setting: Setting, best: dict[str, Any]) -> Value:
+    """A metric of a setting: at its best epoch by val_acc, or last, lowest (min), highest (max) over the epochs."""
+    found, n = setting.at_best(), int(best["val_n"])
+    if metric == "epoch_seconds":
+        return found["seconds"] / sum(len(t.rows) for t in setting.trainings), None, None, None
+    if metric.startswith("test"):
+        rows = [row for row in read_csv(folder / "test.csv") if row["setting_id"] == setting.setting_id]
+        name, pick = _picked(metric)
+        chosen = _chosen(rows, name, pick, found["best_epoch"])
+        interval = (float(chosen["low"]), float(chosen["high"])) if name == "test_acc" else (None, None)
+        return float(chosen[name]), *interval, int(chosen["n"])
+    name, pick = _picked(metric)
+    if pick:
+        curves = [_chosen(t.rows, name, pick, 0)[name] for t in setting.trainings]
+        value = sum(curves) / len(curves)
+    else:
+        value = found[name]
+    if name != "val_acc":
+        return value, None, None, n if name.startswith("val") else None
+    low, high = (found["low"], found["high"]) if found["folds"] > 1 else wilson(round(value * n), n)
+    return value, low, high, n
+
+
+def _chosen(rows: Sequence[Mapping[str, Any]], name: str, pick: str, best_epoch: int) -> Mapping[str, Any]:
+    """The row of the highest, lowest or last value; else the one of the best epoch."""
+    if pick == "last":
+        return rows[-1]
+    if pick:
+        return {"max": max, "min": min}[pick](rows, key=lambda row: float(row[name]))
+    return next(row for row in rows if int(row["epoch"]) == best_epoch)
+
+
+def _picked(metric: str) -> tuple[str, str]:
+    name, _, pick = metric.rpartition("_")
+    return (name, pick) if pick in ("max", "min", "last") else (metric, "")
+
+
+def read_test(question: GridQuestion, experiment: Experiment, made: Sequence[Setting], best: dict[str, Any]) -> None:
+    """Read the test set with each setting's best checkpoint, or with every epoch's; leave test.csv and the page."""
+    folder = question.folder
+    if (folder / "test.csv").exists():
+        return
+    rows: list[dict[str, Any]] = []
+    for setting in made:
+        if setting.status != "completed":
+            continue
+        place, found = experiment.checkpoints(setting.setting_id), setting.at_best()
+        epochs = range(1, len(setting.trainings[0].rows) + 1) if question.every_epoch else [found["best_epoch"]]
+        for epoch in epochs:
+            chosen = epoch == found["best_epoch"]
+            file = place / "best.ckpt" if chosen else epoch_checkpoint(place, epoch)
+            answer = evaluate(file, data_dir=question.base.data_dir)
+            rows.append({"setting_id": setting.setting_id, "epoch": epoch, **test_row(answer)})
+            if chosen and setting.setting_id == best["trial_id"]:
+                answer.write(folder)
+                write_json(folder / "best.json", best | record_of_test(answer, [answer.accuracy]))
+    write_csv(folder / "test.csv", TEST_COLUMNS, rows)
+    if question.every_epoch:
+        plots.save(plots.tested(pd.DataFrame(rows)), folder / "figures" / "test.png")
+    write_grid_report(folder)
+    for file in folder.glob("checkpoints/*/epoch-*.ckpt"):
+        file.unlink()
+
+
+def test_row(answer: Evaluation) -> dict[str, Any]:
+    """What an evaluation says in a line of test.csv."""
+    from sklearn.metrics import f1_score
+
+    low, high = answer.interval
+    own = answer.probabilities[range(len(answer.labels)), answer.labels].astype("float64")
+    return {
+        "n": len(answer.labels),
+        "test_acc": answer.accuracy,
+        "low": low,
+        "high": high,
+        "test_loss": float(-np.log(own.clip(1e-30)).mean()),
+        "test_macro_f1": f1_score(answer.labels, answer.predictions, average="macro"),
+    }
+
+
+# Searches
+
+
+def search_rows(study: Study, question: SearchQuestion) -> list[Row]:
+    """The rows of a search: of its winner, over the seeds."""
+    folder = question.folder
+    best = json.loads((folder / "best.json").read_text())
+    seeds = best["test_acc_seeds"]
+    finalists = [row for row in read_csv(folder / "finalists.csv") if row["trial_id"] == best["trial_id"]]
+    cells = shared_cells(study, question, best, trained_images(question), " ".join(row["seed"] for row in finalists))
+    classes = {row["class"]: row for row in read_csv(folder / "per_class.csv")}
+    rows = []
+    for figure in study.published:
+        if "class" in figure.at:
+            value = class_value(str(figure.at["class"]), classes)
+        elif figure.metric == "class_std":
+            value = float(pd.Series([float(r["accuracy"]) for r in classes.values()]).std(ddof=0)), None, None, None
+        elif figure.metric == "test_acc":
+            value = over_seeds(seeds, best["test_n"], (best["test_low"], best["test_high"]))
+        else:
+            accuracies = [float(row["val_acc"]) for row in finalists]
+            value = over_seeds(accuracies, len_validation(question), None)
+        rows.append(_row(study, figure, value, **cells, reason=reason(study, question, figure)))
+    return rows
+
+
+def len_validation(question: Question) -> int:
+    """Images of the validation part."""
+    from cifar_lab.data import CIFAR10DataModule
+
+    return len(CIFAR10DataModule(question.base).val_indices)
+
+
+def over_seeds(accuracies: Sequence[float], n: int, alone: tuple[float, float] | None) -> Value:
+    """Mean with its t interval; of one seed with the interval of its images."""
+    mean = sum(accuracies) / len(accuracies)
+    low, high = t_interval(accuracies) if len(accuracies) > 1 else alone or wilson(round(mean * n), n)
+    return mean, low, high, n
+
+
+def class_value(name: str, classes: dict[str, dict[str, str]]) -> Value | None:
+    """The test accuracy of a class, or of the animals or vehicles as the mean of theirs."""
+    if name in classes:
+        row = classes[name]
+        return float(row["accuracy"]), float(row["low"]), float(row["high"]), int(row["n"])
+    group = [r for r in classes.values() if (r["class"] in plots.ANIMALS) == (name == "animals")]
+    if not group:
+        return None
+    return sum(float(r["accuracy"]) for r in group) / len(group), None, None, sum(int(r["n"]) for r in group)
+
+
+# What is committed
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy the small files; of test_predictions.csv the label, the prediction and its probability."""
+    shutil.rmtree(target, ignore_errors=True)
+    for pattern in SMALL:
+        for file in sorted(source.glob(pattern)):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+    if predictions := read_csv(source / "test_predictions.csv"):
+        kept = [{**row, "probability": f"{float(row['p' + row['prediction']]):.4f}"} for row in predictions]
+        write_csv(target / "test_predictions.csv", ("index", "label", "prediction", "probability"), kept)
