@@ -31,12 +31,15 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "limit_train": [0, -1],
     "val_fraction": [0.0, 1.0, -0.1, 1.5],
     "split_seed": [-1],
+    "folds": [1, 0],
+    "fold": [-1],
     "crop": [-1, 17],
     "rotate": [-1.0, 181.0],
     "cutout": [-1, 33],
     "mixup": [-0.1],
     "cutmix": [-0.1],
     "label_smoothing": [-0.1, 1.0],
+    "agc": [-0.1],
     "lr": [0.0, -1.0],
     "momentum": [-0.1, 1.0],
     "weight_decay": [-1e-9],
@@ -112,7 +115,7 @@ def test_a_number_refuses_what_is_none(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in OUT_OF_RANGE if int in {HINTS[name], *typing.get_args(HINTS[name])}])
 def test_a_whole_number_refuses_a_fraction_and_takes_a_whole_float(name: str) -> None:
     assert "2.5 is not a whole number" in refusal(**{name: 2.5})
-    taken = getattr(Recipe(**{name: 2.0}), name)
+    taken = getattr(Recipe(**{"folds": 3, name: 2.0}), name)
     assert taken == 2 and type(taken) is int
 
 
@@ -150,6 +153,8 @@ def test_an_architecture_moves_the_defaults_it_declares_and_no_other(arch: str) 
         ({"optimizer": "adam", "nesterov": True}, "nesterov"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov"),
         ({"mixup": 0.2, "cutmix": 1.0}, "mixup"),
+        ({"fold": 1}, "fold"),
+        ({"folds": 3, "fold": 3}, "fold"),
         ({"warmup_epochs": 3, "max_epochs": 3}, "warmup_epochs"),
         ({"warmup_epochs": 1, "schedule": "onecycle"}, "warmup_epochs"),
     ],
@@ -232,15 +237,19 @@ MOVES: dict[str, tuple[dict[str, Any], Any]] = {
     "limit_train": ({}, 120),
     "val_fraction": ({}, 0.2),
     "split_seed": ({}, 1),
+    "folds": ({}, 3),
+    "fold": ({"folds": 3}, 1),
     "normalize": ({}, "half"),
     "augment": ({}, False),
     "crop": ({}, 0),
     "flip": ({}, "alternating"),
     "rotate": ({}, 90.0),
     "cutout": ({}, 8),
+    "cutout_fill": ({"cutout": 8}, "black"),
     "mixup": ({}, 1.0),
     "cutmix": ({}, 1.0),
     "label_smoothing": ({}, 0.2),
+    "agc": ({}, 0.001),
     "optimizer": ({}, "sgd"),
     "lr": ({}, 1e-3),
     "momentum": ({}, 0.5),

@@ -106,11 +106,11 @@ class Grid(Campaign[GridQuestion]):
         images = len(self.data.train_indices)
         self.epoch_seconds = self.epoch_estimate(images)
         fields = sorted({name for setting in question.settings for name in setting})
+        what = f"{count} settings of {', '.join(fields)}" if fields else "one setting"
         times = f", {folds} folds each" if folds else ""
         return (
-            f"{base.arch} on {base.dataset}, {images:,} training images: {count} settings of "
-            f"{', '.join(fields) or 'nothing'}{times}, {base.max_epochs} epochs. {self.concurrent} at once, "
-            f"{self.takes['CPU']:g} CPU and {self.takes['GPU']:g} GPU each. Expected: about "
+            f"{base.arch} on {base.dataset}, {images:,} training images: {what}{times}, {base.max_epochs} epochs. "
+            f"{self.concurrent} at once, {self.takes['CPU']:g} CPU and {self.takes['GPU']:g} GPU each. Expected: about "
             f"{duration(self.seconds_left())}, {size(self.bytes_needed())} of disk at most. Results: {self.place()}."
         )
 

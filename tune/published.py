@@ -45,32 +45,34 @@ def update(folder: Path, known: Iterable[tuple[str, str, Sequence[Row]]], made: 
 
 
 def render(folder: Path) -> None:
-    """Write README.md from published.csv."""
-    rows = read_csv(folder / "published.csv")
+    """Write README.md from published.csv: a table a report, then how each of its studies was run."""
     parts = [INTRODUCTION]
-    for report, of_report in groupby(rows, key=lambda row: row["study"].partition("-")[0]):
-        parts.append(f"\n## {report.capitalize()}\n")
-        parts.append("| study | metric | published | ours | 95% interval | n | scale, seed | remarks |")
-        parts.append("|---|---|---|---|---|---|---|---|")
-        commands: dict[str, str] = {}
-        for row in of_report:
-            name = f"{row['study']}, {row['variant']}"
-            place = f"{row['study']}/{row['variant']}"
+    for report, of_report in groupby(read_csv(folder / "published.csv"), key=lambda row: row["study"].split("-")[0]):
+        parts.append(f"## {report.capitalize()}\n")
+        parts.append("| study | metric | published | ours | 95% interval | n | remarks |")
+        parts.append("|---|---|---|---|---|---|---|")
+        runs = []
+        for (study, variant), found in groupby(of_report, key=lambda row: (row["study"], row["variant"])):
+            rows = list(found)
+            remarks = [row["reason"].split("; ") for row in rows]
+            common = [remark for remark in remarks[0] if remark and all(remark in others for others in remarks)]
+            name, place = f"{study}, {variant}", f"{study}/{variant}"
             label = f"[{name}]({place})" if (folder / place).is_dir() else name
-            metric = row["metric"]
-            interval = f"{shown(metric, row['low'])} to {shown(metric, row['high'])}" if row["low"] else ""
-            scale = "; ".join(filter(None, (row["scale"], f"seed {row['seed']}" if row["seed"] else "")))
-            cells = (
-                label, metric, shown(metric, row["published"]), shown(metric, row["ours"]), interval, row["n"], scale,
-                row["reason"],
-            )  # fmt: skip
-            parts.append(f"| {' | '.join(cells)} |")
-            if row["ours"]:
-                commands[name] = f"`{row['command']}` on {row['hardware']}"
-        if commands:
-            parts.append("")
-            parts += [f"- {name}: {command}" for name, command in commands.items()]
-    write_atomically(folder / "README.md", "\n".join(parts) + "\n")
+            for row, own in zip(rows, remarks, strict=True):
+                metric = row["metric"]
+                interval = f"{shown(metric, row['low'])} to {shown(metric, row['high'])}" if row["low"] else ""
+                cells = (
+                    label, metric, shown(metric, row["published"]), shown(metric, row["ours"]), interval, row["n"],
+                    "; ".join(remark for remark in own if remark not in common),
+                )  # fmt: skip
+                parts.append(f"| {' | '.join(cells)} |")
+            ran = next((row for row in rows if row["ours"]), None)
+            how = ""
+            if ran:
+                how = f"{ran['scale']}; seed {ran['seed']}; {ran['hardware']}; `{ran['command']}`; "
+            runs.append(f"- **{name}**: {how}{'; '.join(common)}".rstrip("; ").rstrip(": "))
+        parts += ["", *runs, ""]
+    write_atomically(folder / "README.md", "\n".join(parts))
 
 
 def shown(metric: str, value: str) -> str:
