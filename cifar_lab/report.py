@@ -55,10 +55,24 @@ def headline(best: dict[str, Any]) -> str:
     return f"Test accuracy {reached}, t 95%, {len(seeds)} seeds, n = {n:,})."
 
 
-def scale(recipe: dict[str, Any]) -> str:
-    """What was left out of the data, or nothing."""
-    limit = recipe["limit_train"]
+def scale(best: dict[str, Any]) -> str:
+    """What was scaled down, or nothing: of a study against the published one, else of the data."""
+    if study := best.get("study"):
+        return f" {study['name']}, {study['variant']}: {study['scale']}."
+    limit = best["recipe"]["limit_train"]
     return f" Trained on {limit:,} images only (limit_train)." if limit else ""
+
+
+def study_section(best: dict[str, Any]) -> list[str]:
+    """Published against ours, where the run reproduces a study."""
+    if "study" not in best:
+        return []
+    numbers = ("published", "ours", "low", "high")
+    rows = [
+        (f["metric"], *("" if f[name] is None else f"{f[name]:.4f}" for name in numbers), f["reason"])
+        for f in best["study"]["figures"]
+    ]
+    return [section("Published against ours", table(rows, ("metric", "published", "ours", "low", "high", "remarks")))]
 
 
 def table(rows: Sequence[Sequence[Any]], header: Sequence[str]) -> str:
@@ -182,7 +196,7 @@ def write_report(folder: Path) -> None:
     if "recipe" in best:
         sections.append(recipe_section(best))
         title = f"{best['recipe']['arch']} on {best['recipe']['dataset']}"
-        lead = headline(best) + scale(best["recipe"])
+        lead = headline(best) + scale(best)
     else:
         title, lead = "Evaluation", headline(best)
     write_atomically(folder / "report.html", page(title, lead, sections))

@@ -114,6 +114,7 @@ def write_report(folder: Path) -> None:
         return
     recipe = best["recipe"]
     sections = [
+        *run_report.study_section(best),
         winner_section(folder, best, fields),
         *run_report.class_sections(folder, best),
         *trial_sections(folder, trials, fields, recipe["arch"], recipe["max_epochs"], best["trial_id"]),
@@ -121,7 +122,7 @@ def write_report(folder: Path) -> None:
         run_report.recipe_section(best),
     ]
     title = f"{recipe['arch']} on {recipe['dataset']}: {len(trials)} trials with ASHA"
-    lead = run_report.headline(best) + run_report.scale(recipe)
+    lead = run_report.headline(best) + run_report.scale(best)
     write_atomically(folder / "report.html", run_report.page(title, lead, sections))
 
 
@@ -160,7 +161,10 @@ def write_grid_report(folder: Path) -> None:
         "setting", *fields, "val_acc", "std (ddof 1)", "train_acc", "val_loss", "val_macro_f1", "folds", "best epoch",
         "seconds", "status", "reason",
     )  # fmt: skip
-    text = "All figures are means over the folds at the epoch with the best mean val_acc. " + counts + "."
+    several = "means over the folds, at the epoch with the best mean val_acc"
+    if made.folds.max() <= 1:
+        several = "those of the epoch with the best val_acc"
+    text = f"All figures are {several}. {counts}."
     places = [folder / "figures" / f"curves_{metric}.png" for metric in ("acc", "loss")]
     curves = setting_curves(folder, fields)
     for metric, figure in zip(("acc", "loss"), places, strict=True):
@@ -169,18 +173,31 @@ def write_grid_report(folder: Path) -> None:
         section("Settings", note(text), table(rows, header)),
         section("Over epochs", *(picture(p, "Validation bold, training faint in the same color") for p in places)),
     ]
+    varied = {r["setting_id"]: ", ".join(f"{name} {r[name]}" for name in fields) for r in made.to_dict("records")}
     for file in sorted((folder / "gradients").glob("*.csv")):
-        sections.append(run_report.gradient_section(folder, f"Gradients of {file.stem}", file))
+        told = f": {varied[file.stem]}" if varied.get(file.stem) else ""
+        sections.append(run_report.gradient_section(folder, f"Gradients of {file.stem}{told}", file))
     if best is None:
         title, lead = folder.name, f"No setting has won yet: {counts}."
     else:
         recipe = best["recipe"]
-        title = f"{recipe['arch']} on {recipe['dataset']}: {len(made)} settings"
+        title = f"{recipe['arch']} on {recipe['dataset']}"
+        if len(made) > 1:
+            title += f": {len(made)} settings"
         chosen = ", ".join(f"{name} {recipe[name]}" for name in fields if name != "fold")
         interval = "" if best["val_low"] is None else f" ({percent(best['val_low'])} to {percent(best['val_high'])})"
-        lead = f"Best: {chosen or 'the one setting'}. Validation accuracy {percent(best['val_acc'], 2)}{interval} at "
-        lead += f"epoch {best['epoch']}.{run_report.scale(recipe)}"
-        sections = [*sections, *run_report.class_sections(folder, best), run_report.recipe_section(best)]
+        lead = f"Best: {chosen}. " if chosen else ""
+        lead += f"Validation accuracy {percent(best['val_acc'], 2)}{interval} at "
+        lead += f"epoch {best['epoch']}."
+        if "test_acc" in best:
+            lead += " " + run_report.headline(best)
+        lead += run_report.scale(best)
+        sections = [
+            *run_report.study_section(best),
+            *sections,
+            *run_report.class_sections(folder, best),
+            run_report.recipe_section(best),
+        ]
     write_atomically(folder / "report.html", run_report.page(title, lead, sections))
 
 

@@ -19,14 +19,14 @@ from tune.grid import Grid, Setting, settings_of
 from tune.grid_question import GridQuestion
 from tune.published import Row, update
 from tune.question import Question, SearchOptions, SearchQuestion
-from tune.report import write_grid_report
+from tune.report import write_grid_report, write_report
 from tune.search import Search
 from tune.study import FREE, Figure, Study, studies
 from tune.trial import epoch_checkpoint
 
 SMALL = (
     "settings.csv", "trials.csv", "curves.csv", "finalists.csv", "best.json", "per_class.csv", "confusion.csv",
-    "test.csv", "figures/*.png",
+    "test.csv", "figures/*.png", "gradients/*.csv",
 )  # fmt: skip
 TEST_COLUMNS = ("setting_id", "epoch", "n", "test_acc", "low", "high", "test_loss", "test_macro_f1")
 Value = tuple[float, float | None, float | None, int | None]  # a figure, its interval, the images behind it
@@ -43,12 +43,22 @@ def reproduce(study: Study, question: Question, published_dir: Path) -> int:
         if status := Search(question).run():
             return status
         rows = search_rows(study, question)
+    place = question.folder / "best.json"
+    figures = [{name: row[name] for name in ("metric", "published", "ours", "low", "high", "reason")} for row in rows]
+    told = {"name": study.name, "variant": study.variant, "scale": rows[0]["scale"], "figures": figures}
+    write_json(place, json.loads(place.read_text()) | {"study": told})
+    write_page(question)
     copy(question.folder, published_dir / study.name / study.variant)
     update(published_dir, [(s.name, s.variant, unrun(s)) for v in studies().values() for s in v.values()], rows)
     for row in rows:
-        told = "" if row["published"] is None else f", published {row['published']:g}"
-        print(f"{study.name} {study.variant}: {row['metric']} {_told(row['ours'])}{told}")
+        beside = "" if row["published"] is None else f", published {row['published']:g}"
+        print(f"{study.name} {study.variant}: {row['metric']} {_told(row['ours'])}{beside}")
     return cli.DONE
+
+
+def write_page(question: Question) -> None:
+    """Write the page again."""
+    (write_grid_report if isinstance(question, GridQuestion) else write_report)(question.folder)
 
 
 def _told(value: float | None) -> str:
@@ -217,7 +227,7 @@ def _picked(metric: str) -> tuple[str, str]:
 
 
 def read_test(question: GridQuestion, experiment: Experiment, made: Sequence[Setting], best: dict[str, Any]) -> None:
-    """Read the test set with each setting's best checkpoint, or with every epoch's; leave test.csv and the page."""
+    """Read the test set with each setting's best checkpoint, or with every epoch's; leave test.csv."""
     folder = question.folder
     if (folder / "test.csv").exists():
         return
@@ -238,7 +248,6 @@ def read_test(question: GridQuestion, experiment: Experiment, made: Sequence[Set
     write_csv(folder / "test.csv", TEST_COLUMNS, rows)
     if question.every_epoch:
         plots.save(plots.tested(pd.DataFrame(rows)), folder / "figures" / "test.png")
-    write_grid_report(folder)
     for file in folder.glob("checkpoints/*/epoch-*.ckpt"):
         file.unlink()
 
