@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -203,6 +204,11 @@ def paragraph(text: str) -> str:
 
 
 def run(main: Callable[[Sequence[str]], int]) -> None:
-    """Run a command's `main` on this process's words and exit with its status."""
+    """Run a command's `main` on this process's words and exit with its status; SIGTERM is taken for Ctrl-C."""
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
     with exit_status():
         sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import time
@@ -18,7 +19,7 @@ from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
 from cifar_lab import machine
 from cifar_lab.classifier import ImageClassifier
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.files import sha256
+from cifar_lab.files import sha256, write_json
 from cifar_lab.layers import Network, WeightsError
 from cifar_lab.models import build
 from cifar_lab.recipe import InputError, Recipe
@@ -26,6 +27,7 @@ from cifar_lab.recipe import InputError, Recipe
 Row = dict[str, float]
 Record = dict[str, Any]
 CURVE_COLUMNS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds")
+LAST, PREVIOUS, DIGESTS = "last.ckpt", "previous.ckpt", "sha256.json"
 TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -94,26 +96,54 @@ class Recorder(Checkpoint):
         self.finished = trainer.should_stop or row["epoch"] >= self.run.recipe.max_epochs
         if self.run.best is row and not self.run.diverged:
             save_atomically(trainer, self.run.best_checkpoint, weights_only=True)
-        save_atomically(trainer, self.run.folder / "last.ckpt", weights_only=False)
+        save_atomically(trainer, self.run.folder / LAST, weights_only=False, keep=self.run.folder / PREVIOUS)
+        if self.finished:
+            (self.run.folder / PREVIOUS).unlink(missing_ok=True)
         if self.on_epoch is not None:
             self.on_epoch(row)
 
 
-def save_atomically(trainer: pl.Trainer, path: Path, *, weights_only: bool) -> None:
-    """Write a checkpoint aside, then rename it: at any moment the file at `path` is whole."""
+def save_atomically(trainer: pl.Trainer, path: Path, *, weights_only: bool, keep: Path | None = None) -> None:
+    """Write a checkpoint aside, then rename it: at any moment the file at `path` is whole.
+
+    Its digest is noted first, beside those of the files it replaces. The one before is kept at `keep`.
+    """
     # A process of its own each: a killed search's worker may still be writing when a resumed one begins.
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     trainer.save_checkpoint(aside, weights_only=weights_only)
+    note = path.with_name(DIGESTS)
+    known = digests(path.parent)
+    write_json(note, {**known, path.name: [sha256(aside), *known.get(path.name, [])][:3]})
+    if keep is not None and path.exists():
+        os.replace(path, keep)
     os.replace(aside, path)
+
+
+def digests(folder: Path) -> dict[str, list[str]]:
+    """The digests noted for the checkpoints in a folder, by name, the newest first; none where there is no note."""
+    try:
+        known: dict[str, list[str]] = json.loads((folder / DIGESTS).read_text())
+        return known
+    except (OSError, ValueError):
+        return {}
+
+
+def discard_state(folder: Path) -> None:
+    """Remove what only a resume needs."""
+    for name in (LAST, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content, loaded without running any code in it.
 
     Raises:
-        CheckpointError: no such file, or it is no checkpoint of tensors and primitives.
+        CheckpointError: no such file, it is no checkpoint of tensors and primitives, or not what was written there.
     """
     try:
+        noted = digests(path.parent).get(LAST if path.name == PREVIOUS else path.name)
+        if noted and sha256(path) not in noted:
+            raise ValueError("its sha256 is not the one noted when it was written")
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["hyper_parameters"]["recipe"], content["state_dict"]
     except FileNotFoundError:
@@ -122,6 +152,25 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path} is no checkpoint of cifar_lab, or it is damaged ({reason[:120]}).") from error
     return dict(content)
+
+
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on with and its content: the last one, the one before where that is damaged.
+
+    None where no training has left one.
+
+    Raises:
+        CheckpointError: there is one, but none that is whole.
+    """
+    if not (folder / LAST).exists() and not (folder / PREVIOUS).exists():
+        return None
+    try:
+        return folder / LAST, read_checkpoint(folder / LAST)
+    except CheckpointError as damaged:
+        try:
+            return folder / PREVIOUS, read_checkpoint(folder / PREVIOUS)
+        except CheckpointError:
+            raise damaged from None
 
 
 def recorded(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -207,6 +256,9 @@ def fit(
 ) -> Run:
     """Train the recipe, leaving `best.ckpt` (weights) and `last.ckpt` (all that a resume needs) in `folder`.
 
+    Until the end `previous.ckpt` is of the epoch before: a resume takes it where `last.ckpt` is damaged. `sha256.json`
+    holds the digests of all.
+
     Args:
         recipe: what to train; its precision is measured first where it is "auto".
         folder: where the checkpoints go; made if absent.
@@ -224,10 +276,10 @@ def fit(
     """
     folder = Path(folder)
     run = Run(recipe, folder)
-    last = folder / "last.ckpt"
     ckpt_path = None
-    if resume and last.exists():
-        saved = read_checkpoint(last)
+    found = newest(folder) if resume else None
+    if found is not None:
+        last, saved = found
         was = Recipe(**saved["hyper_parameters"]["recipe"])
         asked = recipe.replace(precision=was.precision) if recipe.precision == "auto" else recipe
         if asked.replace(data_dir=was.data_dir) != was:  # the images may have moved
@@ -265,10 +317,11 @@ def ended_run(folder: Path) -> Run | None:
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
-    if not (folder / "last.ckpt").exists():
+    found = newest(folder)
+    if found is None:
         return None
-    saved = read_checkpoint(folder / "last.ckpt")
-    state = recorded(saved, folder / "last.ckpt")
+    last, saved = found
+    state = recorded(saved, last)
     if not state["finished"]:
         return None
     return Run(Recipe(**saved["hyper_parameters"]["recipe"]), folder, list(state["history"]), state["diverged"])

@@ -42,21 +42,22 @@ def main(argv: Sequence[str]) -> int:
     options, recipe = TrainOptions(**own), Recipe(**given)
     name = cli.settled_name(options.name, given, what="training", resume=resume)
     folder = Path(options.results_dir) / name
-    last = folder / "checkpoints" / "last.ckpt"
+    checkpoints = folder / "checkpoints"
     if resume:
-        if not last.parent.is_dir():
+        if not checkpoints.is_dir():
             raise InputError(f"name: there is no training {name!r} to resume in {options.results_dir}.")
     else:
         cli.check_new(folder)
     # Lightning takes seconds to import: not before the recipe is known to be a legal one.
     from cifar_lab.files import write_csv, write_json
-    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, prepare, read_checkpoint, recorded
+    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, newest, prepare, recorded
     from cifar_lab.gradients import GradientWatch
     from cifar_lab.report import headline, write_report
 
     rows: list[Row] = []
-    if last.exists():
-        saved = read_checkpoint(last)
+    found = newest(checkpoints) if resume else None
+    if found is not None:
+        last, saved = found
         # What was not given again is as it was; the last row comes again, from fit.
         recipe = Recipe(**{**saved["hyper_parameters"]["recipe"], **given})
         state = recorded(saved, last)
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
             print("This training is finished; nothing was changed.")
             return cli.DONE
     prepare(recipe)
-    cli.make_folder(last.parent, options.results_dir)
+    cli.make_folder(checkpoints, options.results_dir)
     words = [*argv, *([] if options.name else ["--name", name])]
     command = cli.command("cifar_lab.train", words)
 
@@ -81,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         watches = [GradientWatch(folder / "gradients.csv")] if watch else []
-        run = fit(recipe, folder / "checkpoints", resume=resume, on_epoch=on_epoch, callbacks=watches)
+        run = fit(recipe, checkpoints, resume=resume, on_epoch=on_epoch, callbacks=watches)
     except KeyboardInterrupt:
         print(f"Interrupted; what was reached is kept. To go on:\n{cli.resume_line(command)}")
         return cli.FAILED

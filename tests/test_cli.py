@@ -130,7 +130,8 @@ def test_training_leaves_its_files_resumes_and_evaluation_adds_the_test_files(
     assert train([*words, "--max_epochs", "2"]) == 0
     folder = tmp_path / "one"
     left = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "figures" not in str(p)}
-    assert left == {"curves.csv", "best.json", "report.html", "checkpoints/best.ckpt", "checkpoints/last.ckpt"}
+    names = ("best.ckpt", "last.ckpt", "sha256.json")
+    assert left == {"curves.csv", "best.json", "report.html", *(f"checkpoints/{name}" for name in names)}
     best = json.loads((folder / "best.json").read_text())
     assert not [name for name in best if name.startswith("test")]
     assert len(pd.read_csv(folder / "curves.csv")) == 2

@@ -124,7 +124,7 @@ def test_checkpoints_hold_tensors_and_primitives(learned: Run) -> None:
         content = torch.load(learned.folder / name, weights_only=True)
         assert Recipe(**content["hyper_parameters"]["recipe"]) == learned.recipe
         assert content["hyper_parameters"]["classes"] == list("0123456789")
-    assert sorted(p.name for p in learned.folder.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert sorted(p.name for p in learned.folder.iterdir()) == ["best.ckpt", "last.ckpt", "sha256.json"]
 
 
 def test_the_precision_that_was_measured_is_in_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,6 +302,37 @@ def test_a_truncated_checkpoint_is_refused(learned: Run, tmp_path: Path, share: 
         with pytest.raises(CheckpointError) as caught:
             attempt()
         assert str(tmp_path / "last.ckpt") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_a_flipped_bit_is_seen(learned: Run, tmp_path: Path, name: str) -> None:
+    whole = bytearray((learned.folder / name).read_bytes())
+    whole[len(whole) // 2] ^= 1  # in the middle of the weights: torch.load does not notice
+    (tmp_path / name).write_bytes(whole)
+    read_checkpoint(tmp_path / name)
+    (tmp_path / "sha256.json").write_text((learned.folder / "sha256.json").read_text())
+    with pytest.raises(CheckpointError, match="sha256 is not the one noted"):
+        read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("harm", ["truncated", "flipped", "absent"])
+def test_a_damaged_last_checkpoint_costs_an_epoch_and_nothing_else(tmp_path: Path, harm: str) -> None:
+    whole = fit(recipe(), tmp_path / "whole")
+    interrupted(recipe(), tmp_path / "cut", 3)
+    last = tmp_path / "cut" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.unlink()
+    if harm != "absent":
+        last.write_bytes(content if harm == "flipped" else content[:1000])
+    again: list[float] = []
+    parts = fit(recipe(), tmp_path / "cut", resume=True, on_epoch=lambda row: again.append(row["epoch"]))
+    assert again == [2, 3, 4]
+    assert curves(parts) == curves(whole)
+    for name in ("last.ckpt", "best.ckpt"):
+        one, other = weights(tmp_path / "whole", name), weights(tmp_path / "cut", name)
+        assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    assert not (tmp_path / "cut" / "previous.ckpt").exists()
 
 
 class Malice:

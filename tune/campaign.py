@@ -24,6 +24,7 @@ from tune.plan import checkpoint_bytes, seconds_per_image
 from tune.question import Question, question_file
 from tune.view import View, size
 
+TO_GO_ON = "Not all is done; what was reached is kept. To go on:"
 Q = TypeVar("Q", bound=Question)
 
 
@@ -153,9 +154,9 @@ class Campaign(Generic[Q]):
         self.concurrent = resources.at_once(self.question.options, there)
 
     def bytes_needed(self) -> int:
-        """Disk: a best and a last checkpoint a running trial, and the best ones that are kept."""
+        """Disk: a running trial's best, last and previous checkpoint, with the ones being written; those that stay."""
         best, last = checkpoint_bytes(self.recipes(), len(self.data.classes))
-        return self.concurrent * 2 * (best + last) + self.checkpoints_kept() * best
+        return self.concurrent * (2 * best + 3 * last) + self.checkpoints_kept() * best
 
     def epoch_estimate(self, images: int) -> float:
         """Seconds an epoch of that many images, before any was timed."""
@@ -185,6 +186,7 @@ class Campaign(Generic[Q]):
                 takes=self.takes,
                 concurrent=self.concurrent,
                 scratch=self.folder / "ray",
+                last_words=f"{TO_GO_ON}\n{self.question.resume_command}",
             )
 
     def job(self, job_id: str, recipe: Recipe) -> Job:
@@ -251,7 +253,7 @@ class Campaign(Generic[Q]):
         self.say(self.result(), always=True)
         if self.finished():
             return cli.DONE
-        print("Not all is done; what was reached is kept. To go on:")
+        print(TO_GO_ON)
         print(self.question.resume_command)
         return cli.FAILED
 

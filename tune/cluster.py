@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
+os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `ending` has the handlers
 
 import ray
 import ray.tune
@@ -97,6 +99,36 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def ending(last_words: str) -> Iterator[None]:
+    """While Ray runs trials Ctrl-C and SIGTERM end them in order; a second one prints `last_words` and ends at once."""
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def at_once(*_: Any) -> None:
+        print(last_words, flush=True)
+        os._exit(1)  # what Ray still has to do may take long, and nothing of it is needed: each epoch is on disk
+
+    def in_order(*_: Any) -> None:
+        for number in signals:
+            signal.signal(number, at_once)
+        print("Ending; once more ends at once.", flush=True)
+        os.kill(os.getpid(), signal.SIGUSR1)  # which Ray takes for its own word to stop
+
+    def too_early(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in signals}
+    signal.signal(signal.SIGUSR1, too_early)  # Ray replaces it when it begins
+    for number in signals:
+        signal.signal(number, in_order)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is in_order:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
 class _Listener(ray.tune.Callback):
     """Tells what Ray alone knows: that a trial started, ended by itself, or failed for good."""
 
@@ -153,6 +185,7 @@ def run_jobs(
     takes: dict[str, float],
     concurrent: int,
     scratch: Path,
+    last_words: str = "",
 ) -> None:
     """Run the jobs, in order, some at a time; returns when all have ended, or when Ctrl-C ended them.
 
@@ -164,6 +197,7 @@ def run_jobs(
         takes: CPU and GPU a job.
         concurrent: how many at once.
         scratch: Ray's own folder.
+        last_words: printed where a second Ctrl-C ends the process at once.
     """
     faults: list[Exception] = []
 
@@ -198,6 +232,7 @@ def run_jobs(
             stop=_StopAll(faults),
         ),
     )
-    tuner.fit()
+    with ending(last_words):
+        tuner.fit()
     if faults:
         raise faults[0]

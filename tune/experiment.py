@@ -13,7 +13,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from cifar_lab.files import read_csv, write_csv
-from cifar_lab.fit import CURVE_COLUMNS, Row, Run, best_row
+from cifar_lab.fit import CURVE_COLUMNS, Row, Run, best_row, discard_state
 from cifar_lab.recipe import InputError
 
 Status = Literal["completed", "stopped", "diverged", "failed", "pending"]
@@ -141,7 +141,7 @@ class Experiment:
         )
         columns = [f.name for f in fields(Finalist)]
         write_csv(self.folder / "finalists.csv", columns, [vars(f) for f in self.finalists.values()])
-        (run.folder / "last.ckpt").unlink(missing_ok=True)
+        discard_state(run.folder)
 
     def lineup(self, count: int, seeds: Sequence[int]) -> list[tuple[str, int]]:
         """The trainings that decide: each of the best `count` trials with each seed, seed by seed."""
@@ -173,7 +173,7 @@ class Experiment:
         kept = {trial.trial_id for trial in self.leaders(keep)}
         for trial in self.trials.values():
             if trial.status in ("completed", "stopped", "diverged"):
-                (self.checkpoints(trial.trial_id) / "last.ckpt").unlink(missing_ok=True)
+                discard_state(self.checkpoints(trial.trial_id))
                 if trial.trial_id not in kept:
                     shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)
 
