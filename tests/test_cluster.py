@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import os
+import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from cifar_lab.recipe import Recipe
 from tune.cluster import Job, cluster, run_jobs
+from tune.heartbeat import HUNG
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +28,16 @@ def processors() -> Iterator[dict[str, float]]:
 def jobs(folder: Path, **fields: Any) -> list[Job]:
     recipe = Recipe(arch="classic_cnn", limit_train=50, max_epochs=3, **fields)
     return [Job(name, recipe, folder / name) for name in ("T000", "T001", "T002")]
+
+
+def processes(words: str) -> list[psutil.Process]:
+    """The processes whose command line contains the words."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if words in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def run(folder: Path, made: list[Job], **hooks: Any) -> None:
@@ -64,3 +81,42 @@ def test_a_job_is_stopped_when_the_judge_says_so_and_trains_no_epoch_more(
     run(tmp_path, jobs(tmp_path, dataset="digits"), judge=judge)
     assert [epoch for job, epoch in heard if job == "T001"] == [1]
     assert [epoch for job, epoch in heard if job == "T002"] == [1, 2, 3]
+
+
+def test_a_trial_that_hangs_is_killed_and_goes_on_after_its_last_epoch(
+    processors: dict[str, float], tmp_path: Path
+) -> None:
+    heard: list[tuple[str, int]] = []
+    ended: dict[str, str] = {}
+    made = [dataclasses.replace(job, patience=5.0) for job in jobs(tmp_path, dataset="digits")[:2]]
+    once: list[int] = []
+
+    def judge(job_id: str, row: dict[str, Any]) -> bool:
+        heard.append((job_id, int(row["epoch"])))
+        if not once:
+            (beat,) = processes(f"{tmp_path / 'T000' / HUNG}")
+            once.append(beat.ppid())
+            os.kill(once[0], signal.SIGSTOP)
+        return False
+
+    run(tmp_path, made, judge=judge, on_end=ended.__setitem__)
+    assert [epoch for job, epoch in heard if job == "T000"] == [1, 1, 2, 3], "one epoch again, none lost"
+    assert [epoch for job, epoch in heard if job == "T001"] == [1, 2, 3]
+    assert ended == {"T000": "", "T001": ""}
+    assert not psutil.pid_exists(once[0])
+    assert not processes("heartbeat-"), "nothing watches a training that has ended"
+
+
+def test_nothing_watches_a_trial_that_was_stopped(processors: dict[str, float], tmp_path: Path) -> None:
+    watching: list[int] = []
+
+    def judge(job_id: str, row: dict[str, Any]) -> bool:
+        watching.append(len(processes(str(tmp_path))))
+        return True
+
+    run(tmp_path, jobs(tmp_path, dataset="digits"), judge=judge)
+    assert watching == [1, 1, 1], "one trial at a time, so one watch at a time"
+    until = time.monotonic() + 30  # the last worker has to end first
+    while processes(str(tmp_path)):
+        assert time.monotonic() < until, "a watch left behind would kill a worker that is used again"
+        time.sleep(0.5)

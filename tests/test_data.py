@@ -500,3 +500,49 @@ def test_a_memory_mapped_load_costs_little_private_memory(cifar10: Recipe) -> No
     command = [sys.executable, "-c", code, str(cifar10.data_dir)]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=dict(os.environ))
     assert int(told.stdout) < 20_000
+
+
+# Folds
+
+
+@pytest.mark.parametrize(("folds", "limit"), [(2, None), (3, None), (5, 333), (3, 100)])
+def test_over_all_folds_every_image_validates_exactly_once(folds: int, limit: int | None) -> None:
+    labels = load(digits(), "train").labels
+    parts = [split(labels, digits(folds=folds, fold=i, limit_train=limit)) for i in range(folds)]
+    validated = sorted(i for _, validation in parts for i in validation.tolist())
+    assert len(validated) == (limit or 1437) == len(set(validated)), "limit_train counts the images of all parts"
+    if limit is None:
+        assert validated == list(range(1437))
+    counts = torch.stack([torch.bincount(labels[validation], minlength=10) for _, validation in parts])
+    assert int((counts.max(0).values - counts.min(0).values).max()) <= 1, "stratified"
+    assert int(counts.sum(1).max() - counts.sum(1).min()) <= 10
+    for train, validation in parts:
+        assert not set(train.tolist()) & set(validation.tolist())
+        assert sorted([*train.tolist(), *validation.tolist()]) == validated
+
+
+def test_folds_are_drawn_by_the_split_seed_alone() -> None:
+    labels = load(digits(), "train").labels
+
+    def validation(**fields: Any) -> list[int]:
+        return split(labels, digits(folds=3, **fields))[1].tolist()
+
+    assert validation() == validation(seed=5, lr=0.5) != validation(split_seed=1)
+    assert validation(fold=1) != validation(fold=2)
+
+
+def test_a_folds_statistics_are_those_of_its_training_images() -> None:
+    one, other = (module(digits(folds=3, fold=i)) for i in (0, 1))
+    pixels = one.set.images[one.train_indices].double() / 255
+    torch.testing.assert_close(one.mean, pixels.mean((0, 2, 3)).float())
+    torch.testing.assert_close(one.std, pixels.std((0, 2, 3), unbiased=False).float())
+    assert not torch.equal(one.mean, other.mean)
+
+
+def test_more_folds_than_a_class_has_images_are_refused() -> None:
+    labels = torch.tensor([0] * 9 + [1] * 4)
+    assert len(split(labels, digits(folds=4, fold=3))[1]) == 3
+    with pytest.raises(DataError, match=r"folds: 5\. Legal: 2 to 4, the images of the smallest class"):
+        split(labels, digits(folds=5))
+    with pytest.raises(DataError, match=r"limit_train: 14\. Legal: 2, one a class, to 13, the training set"):
+        split(labels, digits(folds=2, limit_train=14))

@@ -177,3 +177,19 @@ def test_the_docstring_explains_each_own_field_and_names_a_source(arch: str) -> 
 def test_what_an_architecture_declares_legal_are_its_own_fields(arch: str) -> None:
     assert set(models.network_class(arch).LEGAL) <= set(models.parameters(arch))
     assert set(models.network_class(arch).RECIPE) <= set(Recipe(arch=arch).to_dict()) - set(models.parameters(arch))
+
+
+@pytest.mark.parametrize("softmax", [True, False])
+def test_a_softmax_before_the_cross_entropy_sets_it_a_floor(softmax: bool) -> None:
+    network: Any = make("mixed_kernel_cnn", softmax=softmax).eval()
+    logits = network.head[4]
+    with torch.no_grad():
+        logits.weight *= 1e4  # as sure as a network can be
+        answers = network(images(64))
+    loss = nn.functional.cross_entropy(answers, answers.argmax(1), reduction="none")
+    floor = torch.tensor(1 + 9 / torch.e).log()
+    if softmax:
+        assert torch.allclose(answers.sum(1), torch.ones(64)) and (answers >= 0).all()
+        assert (loss >= floor - 1e-6).all() and abs(float(loss.min()) - 1.4612) < 1e-4
+    else:
+        assert loss.max() < 0.1

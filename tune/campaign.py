@@ -20,6 +20,7 @@ from cifar_lab.recipe import InputError, Recipe
 from tune import resources
 from tune.cluster import Job, cluster, run_jobs
 from tune.experiment import Experiment, Trial, locked
+from tune.heartbeat import HUNG
 from tune.plan import checkpoint_bytes, seconds_per_image
 from tune.question import Question, question_file
 from tune.view import View, size
@@ -193,7 +194,7 @@ class Campaign(Generic[Q]):
         """A training; a worker may stand elsewhere, so its places are absolute."""
         if recipe.data_dir is not None:
             recipe = recipe.replace(data_dir=str(Path(recipe.data_dir).absolute()))
-        return Job(job_id, recipe, self.experiment.checkpoints(job_id))
+        return Job(job_id, recipe, self.experiment.checkpoints(job_id), self.question.options.hang_timeout)
 
     def run_trials(
         self, trial_ids: Sequence[str], view: View, decide: Callable[[str, Row], str], tidy: Callable[[], None]
@@ -217,7 +218,7 @@ class Campaign(Generic[Q]):
         def on_end(trial_id: str, error: str) -> None:
             trial = experiment.trials[trial_id]
             if error:
-                experiment.conclude(trial_id, "failed", error)
+                experiment.conclude(trial_id, "failed", self.explained(trial_id, error))
             elif trial.status == "pending" and trial.rows and (ending := self.ending(trial)):
                 experiment.conclude(trial_id, "completed", ending)
             tidy()
@@ -226,6 +227,11 @@ class Campaign(Generic[Q]):
         jobs = [self.job(trial_id, self.question.recipe(trial_id)) for trial_id in trial_ids]
         if jobs:
             self.run_jobs(jobs, judge, on_end, view)
+
+    def explained(self, job_id: str, error: str) -> str:
+        """Ray's error of a training that failed for good; where it hung, that is the cause."""
+        note = self.experiment.checkpoints(job_id) / HUNG
+        return f"hung: {note.read_text()} (--hang_timeout)" if note.exists() else error
 
     def ending(self, trial: Trial) -> str:
         """Why a trial that was not stopped came to its end; empty if it did not."""

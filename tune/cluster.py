@@ -37,12 +37,14 @@ RETRIES = 2  # of a trial that raised or whose worker died; each goes on after i
 class Job:
     """A training to run: an id, its recipe, the folder of its checkpoints.
 
-    `gradients` names a file for its gradient histograms; `every_epoch` keeps each epoch's checkpoint, epoch-N.ckpt.
+    `patience`: seconds without a step after which it is killed and tried again; `gradients` names a file for its
+    gradient histograms; `every_epoch` keeps each epoch's checkpoint, epoch-N.ckpt.
     """
 
     job_id: str
     recipe: Recipe
     folder: Path
+    patience: float = 600.0
     gradients: Path | None = None
     every_epoch: bool = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import statistics
@@ -122,7 +123,7 @@ class Grid(Campaign[GridQuestion]):
     def job(self, job_id: str, recipe: Recipe) -> Job:
         made = super().job(job_id, recipe)
         gradients = self.folder / "gradients" / f"{job_id}.csv" if self.question.gradients else None
-        return Job(made.job_id, made.recipe, made.folder, gradients, self.question.every_epoch)
+        return dataclasses.replace(made, gradients=gradients, every_epoch=self.question.every_epoch)
 
     def settings(self) -> list[Setting]:
         """The settings, as they stand."""

@@ -20,7 +20,7 @@ SWITCHES = {
 }
 # The options that decide a result; the others may differ when a search is resumed, but are as they were if not given.
 DECISIVE = ("num_samples", "grace_period", "reduction_factor", "finalists", "finalist_seeds")
-HOW = ("max_concurrent", "cpus_per_trial", "gpus_per_trial")
+HOW = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "hang_timeout")
 PLACES = ("data_dir",)
 
 

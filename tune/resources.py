@@ -22,6 +22,7 @@ class RunOptions:
         name: a folder in results_dir; unset: ARCH-DATASET-YYYYmmdd-HHMMSS.
         results_dir: where searches lie.
         address: a running Ray cluster to join; unset: this machine alone.
+        hang_timeout: seconds without a training step after which a trial is taken for hung, killed and tried again.
     """
 
     max_concurrent: int | None = at_least(1, None, ", or unset")
@@ -30,6 +31,7 @@ class RunOptions:
     name: str | None = None
     results_dir: str = "results/runs"
     address: str | None = None
+    hang_timeout: float = at_least(1, 600.0, " seconds")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -115,7 +115,7 @@ class Search(Campaign[SearchQuestion]):
             if run is not None and not error:
                 experiment.add_finalist(job_id.partition("-")[0], run)
             if error:
-                self.faults.append(f"{job_id} failed: {error}")
+                self.faults.append(f"{job_id} failed: {self.explained(job_id, error)}")
             view.ended(job_id, error or (f"val_acc {run.best['val_acc']:.4f}" if run else "interrupted"))
 
         if jobs:

@@ -19,6 +19,7 @@ def run_trial(config: dict[str, Any]) -> None:
     """
     from cifar_lab.fit import Row, fit
     from cifar_lab.gradients import GradientWatch
+    from tune.heartbeat import watched
 
     job = config["job"]
     folder = Path(job["folder"])
@@ -29,7 +30,8 @@ def run_trial(config: dict[str, Any]) -> None:
         ray.tune.report(dict(row))
 
     watches = [GradientWatch(Path(job["gradients"]))] if job["gradients"] else []
-    fit(Recipe(**job["recipe"]), folder, resume=True, on_epoch=on_epoch, callbacks=watches)
+    with watched(folder, job["patience"]) as heartbeat:
+        fit(Recipe(**job["recipe"]), folder, resume=True, on_epoch=on_epoch, callbacks=[heartbeat, *watches])
 
 
 def epoch_checkpoint(folder: Path, epoch: int) -> Path:
