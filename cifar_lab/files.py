@@ -42,6 +42,15 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return []
 
 
+def size(count: float) -> str:
+    """Bytes in units of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
 def sha256(path: Path) -> str:
     """The hexadecimal digest of a file."""
     with path.open("rb") as file:

@@ -33,7 +33,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--arch resnt", r"arch: 'resnt'; did you mean resnet\? Legal: classic_cnn, resnet"),
+        ("--arch resnt", r"arch: 'resnt'; did you mean resnet\? Legal: classic_cnn, compact_cnn, dynamic_cnn"),
         ("--num_sample 5", r"--num_sample: there is no such flag; did you mean --num_samples\?"),
         ("--num_sampels=5", r"--num_sampels: there is no such flag; did you mean --num_samples\?"),
         ("--depth 35", r"--depth: '35'. Legal: 18, 34, 50, 101"),
@@ -48,7 +48,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         ("--arch classic_cnn --depth 34", r"depth: 34. Legal: 2 to 6"),
         ("--name a/b", r"name: 'a/b'. Legal: the name of a folder, without a slash"),
         ("--resume", r"--resume: say with --name which search"),
-        ("--resume --name unknown", r"name: there is no search 'unknown' to resume"),
+        ("--resume --name unknown", r"name: there is nothing named 'unknown' to resume"),
         ("--config /nowhere.yaml", r"--config: '/nowhere.yaml' cannot be read"),
     ],
 )
@@ -164,7 +164,7 @@ def test_evaluating_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_report_of_a_committed_search_can_be_written_again(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "results" / "classic_cnn", tmp_path / "classic_cnn")
+    shutil.copytree(ROOT / "results" / "001-classic-cnn" / "corrected", tmp_path / "classic_cnn")
     assert report([str(tmp_path / "classic_cnn")]) == 0
     page = (tmp_path / "classic_cnn" / "report.html").read_text()
     best = json.loads((tmp_path / "classic_cnn" / "best.json").read_text())

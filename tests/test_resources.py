@@ -55,7 +55,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once(address: str) -> No
 
 
 def test_the_expected_epochs_are_near_those_of_the_committed_search() -> None:
-    trials = pd.read_csv(Path(__file__).parent.parent / "results" / "classic_cnn" / "trials.csv")
+    trials = pd.read_csv(Path(__file__).parent.parent / "results" / "001-classic-cnn" / "corrected" / "trials.csv")
     assert abs(expected_epochs(30, 1, 3, 30) / trials.epochs.mean() - 1) < 0.2
 
 

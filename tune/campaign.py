@@ -14,7 +14,7 @@ from typing import ClassVar, Generic, TypeVar
 
 from cifar_lab import cli, fit, machine
 from cifar_lab.evaluate import check_test_set
-from cifar_lab.files import write_json
+from cifar_lab.files import size, write_json
 from cifar_lab.fit import Row, finite
 from cifar_lab.recipe import InputError, Recipe
 from tune import resources
@@ -23,7 +23,7 @@ from tune.experiment import Experiment, Trial, locked
 from tune.heartbeat import HUNG
 from tune.plan import checkpoint_bytes, seconds_per_image
 from tune.question import Question, question_file
-from tune.view import View, size
+from tune.view import View
 
 TO_GO_ON = "Not all is done; what was reached is kept. To go on:"
 Q = TypeVar("Q", bound=Question)

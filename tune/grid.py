@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar_lab.evaluate import t_interval, wilson
-from cifar_lab.files import write_csv, write_json
+from cifar_lab.files import size, write_csv, write_json
 from cifar_lab.fit import best_record
 from cifar_lab.recipe import Recipe
 from tune.campaign import Campaign
@@ -19,7 +19,7 @@ from tune.cluster import Job
 from tune.experiment import Experiment, Status, Trial
 from tune.grid_question import GridQuestion
 from tune.report import write_grid_report
-from tune.view import duration, settings, size
+from tune.view import duration, settings
 
 METRICS = ("val_acc", "val_loss", "val_macro_f1", "train_acc", "train_loss")
 

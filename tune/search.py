@@ -6,7 +6,7 @@ import json
 import os
 
 from cifar_lab.evaluate import evaluate, record_of_test
-from cifar_lab.files import write_json
+from cifar_lab.files import size, write_json
 from cifar_lab.fit import Row, best_record, ended_run, finite
 from cifar_lab.recipe import Recipe
 from cifar_lab.report import headline
@@ -15,7 +15,7 @@ from tune.plan import expected_epochs, sizes
 from tune.question import SearchQuestion
 from tune.report import write_report
 from tune.scheduler import Rungs
-from tune.view import duration, settings, size
+from tune.view import duration, settings
 
 SEED_STEP = 1000  # a finalist's seeds are the search's seed plus multiples of this: new ones
 
