@@ -162,6 +162,7 @@ def test_survivors_are_rounded_up_and_ties_survive_together() -> None:
     assert survivors(means, 0.4) == ["b", "e"] and survivors(means, 0.2) == ["e"]
     assert survivors(means, 0.41) == survivors(means, 0.6) == ["b", "c", "d", "e"]
     assert survivors(means, 1.0) == list(means)
+    assert len(survivors({str(i): i for i in range(100)}, 0.07)) == 7, "0.07 * 100 is more than 7 to a computer"
 
 
 def opened(folder: Path, first: dict[str, tuple[list[float], Status]]) -> Grid:

@@ -18,14 +18,13 @@ from cifar_lab.files import size, write_json
 from cifar_lab.fit import Row, finite
 from cifar_lab.recipe import InputError, Recipe
 from tune import resources
-from tune.cluster import Job, cluster, run_jobs
+from tune.cluster import Job, alive, cluster, run_jobs
 from tune.experiment import Experiment, Trial, locked
 from tune.heartbeat import HUNG
 from tune.plan import checkpoint_bytes, seconds_per_image
 from tune.question import Question, question_file
 from tune.view import View
 
-TO_GO_ON = "Not all is done; what was reached is kept. To go on:"
 Q = TypeVar("Q", bound=Question)
 
 
@@ -93,7 +92,8 @@ class Campaign(Generic[Q]):
         with locked(self.folder):
             self.open_record()
             try:
-                with cluster(self.question.options.address, dashboard=self.question.dashboard) as joined:
+                options, served = self.question.options, self.question.dashboard
+                with cluster(options.address, dashboard=served) as joined, alive(self.last_words()):
                     self.use(joined.resources)
                     write_json(question_file(self.folder), self.question.to_dict())
                     self.experiment.reopen()
@@ -108,7 +108,7 @@ class Campaign(Generic[Q]):
             except (OSError, InputError) as error:
                 if not (self.folder / "trials.csv").exists():
                     shutil.rmtree(self.folder)  # nothing was begun: the name stays free
-                    raise
+                    raise InputError(str(error)) from error
                 self.faults.append(str(error))
             return self.conclude()
 
@@ -187,7 +187,7 @@ class Campaign(Generic[Q]):
                 takes=self.takes,
                 concurrent=self.concurrent,
                 scratch=self.folder / "ray",
-                last_words=f"{TO_GO_ON}\n{self.question.resume_command}",
+                last_words=self.last_words(),
             )
 
     def job(self, job_id: str, recipe: Recipe) -> Job:
@@ -259,9 +259,12 @@ class Campaign(Generic[Q]):
         self.say(self.result(), always=True)
         if self.finished():
             return cli.DONE
-        print(TO_GO_ON)
-        print(self.question.resume_command)
+        print(self.last_words())
         return cli.FAILED
+
+    def last_words(self) -> str:
+        """What is printed last where not all is done."""
+        return f"Not all is done; what was reached is kept. To go on:\n{self.question.resume_command}"
 
     def state(self) -> str:
         """How many trials are in which state, and the best so far."""

@@ -7,6 +7,8 @@ import functools
 import logging
 import os
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,22 +16,26 @@ from typing import Any
 
 from cifar_lab.recipe import InputError, Recipe
 
-# Ray reads these when it is imported: our own records replace its loggers, and nothing is sent anywhere.
+# Ray reads these when it is imported: our own records replace its loggers, nothing is sent anywhere, and a cluster
+# that is started here listens on 127.0.0.1 only, as it does on a Mac; to join another makes no difference.
 os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `ending` has the handlers
 
+import psutil
 import ray
 import ray.tune
 import torch
 
 from cifar_lab import machine
 from tune.scheduler import ASHA
-from tune.trial import run_trial
+from tune.trial import Training
 
 PLACES = ("CIFAR_LAB_DATA", "XDG_CACHE_HOME")
+LIFE_SIGN = 5.0  # seconds between two looks whether Ray lives
 RETRIES = 2  # of a trial that raised or whose worker died; each goes on after its last checkpoint
 
 
@@ -85,10 +91,11 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
         options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": places}}
     try:
         context = ray.init(address=address or "local", **options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Ray's own kinds of error are many, and not documented
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if address is None:
-            raise
-        reason = str(error).splitlines()[0]
+            ray.shutdown()
+            raise OSError(f"Ray could not be started on this machine ({reason})") from error
         raise InputError(
             f"address: no Ray cluster answers at {address!r} ({reason}). Legal: HOST:PORT, or auto."
         ) from error
@@ -129,6 +136,29 @@ def ending(last_words: str) -> Iterator[None]:
         if signal.getsignal(signal.SIGINT) is in_order:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def alive(last_words: str) -> Iterator[None]:
+    """End the process, after `last_words`, when the Ray that it started dies: its calls would wait for ever."""
+    own = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(LIFE_SIGN):
+            dead = [process for process in own if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE]
+            if dead and not ended.is_set():
+                print("error: Ray has died beneath the search.", file=sys.stderr, flush=True)
+                print(last_words, flush=True)
+                os._exit(1)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _Listener(ray.tune.Callback):
@@ -188,6 +218,7 @@ def run_jobs(
     concurrent: int,
     scratch: Path,
     last_words: str = "",
+    named: bool = False,
 ) -> None:
     """Run the jobs, in order, some at a time; returns when all have ended, or when Ctrl-C ended them.
 
@@ -198,8 +229,10 @@ def run_jobs(
         on_end: gets the id of a job that ended, and the error if it failed for good.
         takes: CPU and GPU a job.
         concurrent: how many at once.
-        scratch: Ray's own folder.
+        scratch: Ray's own folder, in that of the whole.
         last_words: printed where a second Ctrl-C ends the process at once.
+        named: a process of its own for each job, which Ray's dashboard can call by the job's id; it costs a job the
+            seconds in which torch and Lightning are imported.
     """
     faults: list[Exception] = []
 
@@ -214,14 +247,19 @@ def run_jobs(
     configs = [job.to_dict() for job in jobs]
     attempt = len(list(scratch.glob("attempt-*"))) + 1
     tuner = ray.tune.Tuner(
-        ray.tune.with_resources(run_trial, {"cpu": takes["CPU"], "gpu": takes["GPU"]}),
-        param_space={"job": ray.tune.grid_search(configs)},
+        Training,
+        param_space={
+            "job": ray.tune.grid_search(configs),
+            "takes": takes,
+            "search": scratch.parent.name,
+            "alone": named,
+        },
         tune_config=ray.tune.TuneConfig(
             metric="val_acc",
             mode="max",
             scheduler=ASHA(functools.partial(guarded, judge)),
             max_concurrent_trials=concurrent,
-            reuse_actors=True,
+            reuse_actors=not named,
             trial_name_creator=lambda trial: str(trial.config["job"]["job_id"]),
             trial_dirname_creator=lambda trial: str(trial.config["job"]["job_id"]),
         ),

@@ -151,12 +151,14 @@ class Grid(Campaign[GridQuestion]):
 
     def prune(self, folds: int) -> None:
         """Give up the settings that were poorest over the first folds."""
-        means = {s.setting_id: s.at_best(folds).get("val_acc", -1.0) for s in self.settings()}
+        # A diverged setting takes no sound one's place; a failed one may still be tried again.
+        sound = [s for s in self.settings() if s.status != "failed"]
+        means = {s.setting_id: -1.0 if s.status == "diverged" else s.at_best(folds)["val_acc"] for s in sound}
         kept = survivors(means, self.question.options.keep)
         cutoff = min(means[name] for name in kept)
         for trial in self.experiment.trials.values():
             name = trial.trial_id.partition("-")[0]
-            if name not in kept and trial.status == "pending":
+            if name in means and name not in kept and trial.status == "pending":
                 reason = f"pruned: mean val_acc {means[name]:.4f} after {folds} folds, below {cutoff:.4f}"
                 self.experiment.conclude(trial.trial_id, "stopped", reason)
 

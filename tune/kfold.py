@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from cifar_lab import cli
-from cifar_lab.recipe import InputError, Recipe
+from cifar_lab.recipe import InputError, Recipe, recipe_class
 from tune.grid_question import GridOptions, GridQuestion
 from tune.question import read_words
 from tune.space import configuration, space_for
 
 FOLDS = 3
-LISTS = {"grid": "what to vary: FIELD=VALUE,VALUE,... for each field; all combinations are tried"}
+LISTS = {
+    "grid": "what to vary: FIELD=VALUE,VALUE,... for each field, with ; between the values of a field that is a text; "
+    "all combinations are tried"
+}
+# What decides which images validate: settings that differ in it could not be compared.
+SHARED = ("arch", "dataset", "data_dir", "limit_train", "val_fraction", "split_seed", "folds", "fold")
 
 
 def ask(argv: Sequence[str]) -> GridQuestion:
@@ -31,11 +39,11 @@ def ask(argv: Sequence[str]) -> GridQuestion:
     earlier = asked.earlier or {}
     options = GridOptions(**{**earlier.get("grid", {}), **asked.options})
     given = {"folds": FOLDS, **asked.given}
-    base = Recipe(**given)
+    base = Recipe(**{**earlier.get("recipe", {}), **given})
     if asked.earlier is not None and grid is None and options.num_samples is None:
         settings: list[dict[str, Any]] = list(earlier["settings"].values())
     elif grid is not None:
-        settings = combinations(parsed(grid))
+        settings = combinations(parsed(grid, base.arch))
         if options.num_samples is not None:
             drawn = np.random.default_rng(base.seed).permutation(len(settings))[: options.num_samples]
             settings = [settings[i] for i in sorted(drawn)]
@@ -52,27 +60,36 @@ def ask(argv: Sequence[str]) -> GridQuestion:
     return GridQuestion(options=options, base=base, settings=settings, **{**asked.common, "given": given}).checked()
 
 
-def parsed(words: Sequence[str]) -> dict[str, list[Any]]:
-    """FIELD=VALUE,VALUE words as values by field, numbers as numbers."""
+def parsed(words: Sequence[str], arch: str) -> dict[str, list[Any]]:
+    """FIELD=VALUE,VALUE words as values by field, each of the field's own type where it can be read as one."""
+    hints = typing.get_type_hints(recipe_class(arch))
     grid: dict[str, list[Any]] = {}
     for word in words:
         name, equals, values = word.partition("=")
         if not (name and equals and values):
             raise InputError(f"grid: {word!r}. Legal: FIELD=VALUE,VALUE,... such as lr=0.001,0.01.")
+        if name in SHARED:
+            raise InputError(f"grid: {name} decides which images validate, or what is trained; give it as --{name}.")
         if name in grid:
             raise InputError(f"grid: {name} is named twice.")
-        grid[name] = [_value(text) for text in values.split(",")]
+        hint = hints.get(name)
+        grid[name] = [_value(text, hint) for text in values.split(";" if hint is str else ",")]
+        if twice := [value for i, value in enumerate(grid[name]) if value in grid[name][:i]]:
+            raise InputError(f"grid: {name} has the value {twice[0]} twice.")
     return grid
 
 
-def _value(text: str) -> Any:
-    if text.lower() in ("true", "false"):
+def _value(text: str, hint: Any) -> Any:
+    """The text as the field's type; what cannot be read so is left to the Recipe to refuse."""
+    if typing.get_origin(hint) is typing.Literal:
+        return next((choice for choice in typing.get_args(hint) if str(choice) == text), text)
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
     for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+        if kind in kinds:
+            with contextlib.suppress(ValueError):
+                return kind(text)
     return text
 
 

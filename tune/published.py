@@ -35,10 +35,10 @@ def update(folder: Path, known: Iterable[tuple[str, str, Sequence[Row]]], made: 
     """
     place = folder / "published.csv"
     kept: dict[tuple[str, str], list[Row]] = {}
-    for row in [*read_csv(place), *made]:
+    for row in read_csv(place):
         kept.setdefault((row["study"], row["variant"]), []).append(row)
-    for row in made:
-        kept[row["study"], row["variant"]] = list(made)
+    kept = {run: rows for run, rows in kept.items() if any(row["ours"] for row in rows)}
+    kept |= {(row["study"], row["variant"]): list(made) for row in made}
     rows = [row for study, variant, unrun in known for row in kept.get((study, variant), unrun)]
     write_csv(place, COLUMNS, rows)
     render(folder)

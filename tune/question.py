@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from cifar_lab import cli
 from cifar_lab.recipe import InputError, Recipe, at_least
@@ -173,7 +173,7 @@ class Asked:
 def read_words(
     argv: Sequence[str],
     module: str,
-    what: str,
+    what: Literal["search", "grid"],
     description: str,
     options: type[RunOptions],
     lists: dict[str, str] | None = None,
@@ -190,6 +190,8 @@ def read_words(
     earlier = None
     if switches["resume"]:
         earlier = read_question(folder)
+        if what not in earlier:
+            raise InputError(f"name: {name!r} is no {what}; it was begun by: {earlier['command']}")
         given = {**earlier["given"], **given}
         own = {**earlier["how"], **own}
     else:
@@ -219,14 +221,14 @@ def _refuse_another(earlier: dict[str, Any], question: Question) -> None:
         was = earlier.get(part, {})
         for name in {**was, **now}:
             before, after = was.get(name, "not searched"), now.get(name, "not searched")
-            grown = name == "num_samples" and after > before
+            grown = name == "num_samples" and isinstance(before, int) and after > before
             measured = name == "precision" and after == "auto"
             if before != after and not grown and not measured and name not in PLACES:
                 changes.append(f"{name} was {before}, is now {after}")
     if changes:
         raise InputError(
             f"--resume: what lies in {question.folder} was asked something else: {'; '.join(changes)}. "
-            "Leave these as they were (only num_samples may grow), or take another --name."
+            "Leave these as they were (num_samples of a search may grow), or take another name."
         )
 
 

@@ -95,7 +95,10 @@ def scaled(study: Study, question: Question) -> list[str]:
     defaults = type(base)(**full)
     for name, value in question.given.items():
         meant = full.get(name, getattr(defaults, name))
-        if name in FREE or name == "limit_train" or value == meant or name in study.grid:
+        if name in FREE or name == "limit_train" or value == meant:
+            continue
+        if name in study.grid:
+            told.append(f"only {name} {value}")
             continue
         told.append(f"{value} of {meant} epochs" if name == "max_epochs" else f"{name} {value} instead of {meant}")
     if isinstance(question, SearchQuestion):
@@ -146,7 +149,7 @@ def grid_rows(study: Study, question: GridQuestion) -> list[Row]:
     rows = []
     for figure in study.published:
         value, note = grid_value(figure, question, made, best, images)
-        why = "not run: the value was left out" if value is None else ""
+        why = "not run" if value is None else ""
         rows.append(_row(study, figure, value, **cells, reason=_joined(why, reason(study, question, figure, note))))
     return rows
 
@@ -171,11 +174,10 @@ def grid_value(
         note = "best setting: " + ", ".join(f"{k} {v}" for k, v in setting.varied.items())
     if setting.status != "completed":
         note = _joined(note, f"{setting.status}: {setting.row()['reason']}")
-    if figure.over:
+    if figure.over and value is not None:
         other = _matching(made, figure.over, best)
-        if other is None or not other.at_best():
-            return None, note
-        return (value[0] - setting_value(figure.metric, question.folder, other, best)[0], None, None, value[3]), note
+        beside = setting_value(figure.metric, question.folder, other, best) if other and other.at_best() else None
+        value = beside and (value[0] - beside[0], None, None, value[3])
     return value, note
 
 
@@ -189,13 +191,18 @@ def _matching(made: Sequence[Setting], at: dict[str, Any], best: dict[str, Any])
     return None
 
 
-def setting_value(metric: str, folder: Path, setting: Setting, best: dict[str, Any]) -> Value:
-    """A metric of a setting: at its best epoch by val_acc, or last, lowest (min), highest (max) over the epochs."""
+def setting_value(metric: str, folder: Path, setting: Setting, best: dict[str, Any]) -> Value | None:
+    """A metric of a setting: at its best epoch by val_acc, or last, lowest (min), highest (max) over the epochs.
+
+    None for a figure of the test set where the setting did not come to its end: it was not tested.
+    """
     found, n = setting.at_best(), int(best["val_n"])
     if metric == "epoch_seconds":
         return found["seconds"] / sum(len(t.rows) for t in setting.trainings), None, None, None
     if metric.startswith("test"):
         rows = [row for row in read_csv(folder / "test.csv") if row["setting_id"] == setting.setting_id]
+        if not rows:
+            return None
         name, pick = _picked(metric)
         chosen = _chosen(rows, name, pick, found["best_epoch"])
         interval = (float(chosen["low"]), float(chosen["high"])) if name == "test_acc" else (None, None)

@@ -191,22 +191,35 @@ def read_json(path: Path) -> dict[str, Any]:
 def question_of(
     study: Study,
     given: dict[str, Any],
-    options: StudyOptions,
+    own: dict[str, Any],
     *,
     resume: bool,
     quiet: bool,
     dashboard: bool,
     words: str,
 ) -> Question:
-    """What the study asks, scaled by what was given.
+    """What the study asks, scaled by what was given for the recipe, and for the command as its `own` options.
 
     Raises:
-        InputError: an impossible field, a study that has to be run first, or a folder that exists or does not.
+        InputError: an impossible field, a study that has to be run first, or a folder that exists.
     """
-    folder = Path(options.results_dir).absolute() / f"{study.name}-{study.variant}"
-    earlier = read_question(folder) if resume else None
-    if not resume:
-        cli.check_new(folder)
+    folder = study_folder(study, own.get("results_dir", StudyOptions.results_dir))
+    if not resume and folder.exists():
+        raise InputError(
+            f"study: {study.name}, {study.variant} lies in {folder} already. Go on with it by --resume, or name "
+            "another --results_dir."
+        )
+    earlier = read_question(folder) if resume and folder.exists() else None
+    options = StudyOptions(**{**(earlier["how"] if earlier else {}), **own})
+    foreign = ("prune_after",) if study.search is not None else ("num_samples", "finalists", "finalist_seeds")
+    for name in foreign:
+        if own.get(name) is not None:
+            kind = "search" if study.search is not None else "grid"
+            raise InputError(f"{name}: {own[name]}. {study.name} is a {kind}, which has no such option.")
+    if "fold" in given or ("folds" in given and study.folds is None):
+        raise InputError(
+            f"{'fold' if 'fold' in given else 'folds'}: {study.name} says how it validates; leave it away."
+        )
     given = {**(earlier["given"] if earlier else {}), **given}
     command = words if earlier is None else earlier["command"]
     fixed = {**study.base(), **carried(study, Path(options.published_dir)), **given}
@@ -233,6 +246,11 @@ def question_of(
         options=grid, base=Recipe(**fixed), settings=unique, gradients=study.gradients, every_epoch=study.every_epoch,
         **shared,
     ).checked()  # fmt: skip
+
+
+def study_folder(study: Study, results_dir: str) -> Path:
+    """Where a study runs."""
+    return Path(results_dir).absolute() / f"{study.name}-{study.variant}"
 
 
 def listing() -> str:
@@ -268,15 +286,20 @@ def main(argv: Sequence[str]) -> int:
     options = StudyOptions(**own)
     if "arch" in given:
         raise InputError(f"arch: {given['arch']}. {name} is a study of {variants[0].arch}; legal: leave it away.")
-    for study in chosen(name, options.variant):
-        asked = [word for word in words if word != "--resume"]
+    asked = chosen(name, options.variant)
+    if switches["resume"] and not any(study_folder(study, options.results_dir).exists() for study in asked):
+        raise InputError(f"--resume: {name} was not begun in {options.results_dir}; legal: the same without --resume.")
+    questions = []
+    for study in asked:  # all of them before any training
+        line = [word for word in words if word != "--resume"]
         if options.variant is None:
-            asked += ["--variant", study.variant]
-        line = shlex.join(["python", "-m", "tune.study", name, *asked])
-        question = question_of(study, given, options, **switches, words=line)
-        # Ray and Lightning take seconds to import: not before the question is known to be a legal one.
-        from tune.reproduce import reproduce
+            line += ["--variant", study.variant]
+        line = ["python", "-m", "tune.study", name, *line]
+        questions.append(question_of(study, given, own, **switches, words=shlex.join(line)))
+    # Ray and Lightning take seconds to import: not before the questions are known to be legal ones.
+    from tune.reproduce import reproduce
 
+    for study, question in zip(asked, questions, strict=True):
         if status := reproduce(study, question, Path(options.published_dir)):
             return status
     return cli.DONE

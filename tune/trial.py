@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.tune
+from ray.tune.trainable import wrap_function
 
 from cifar_lab.recipe import Recipe
 
@@ -20,18 +21,32 @@ def run_trial(config: dict[str, Any]) -> None:
     from cifar_lab.fit import Row, fit
     from cifar_lab.gradients import GradientWatch
     from tune.heartbeat import watched
+    from tune.metrics import Gauges
 
     job = config["job"]
     folder = Path(job["folder"])
+    gauges = Gauges(job["job_id"], config["search"])
 
     def on_epoch(row: Row) -> None:
         if job["every_epoch"]:
             shutil.copyfile(folder / "last.ckpt", epoch_checkpoint(folder, int(row["epoch"])))
+        gauges.heard(row)
         ray.tune.report(dict(row))
 
     watches = [GradientWatch(Path(job["gradients"]))] if job["gradients"] else []
     with watched(folder, job["patience"]) as heartbeat:
-        fit(Recipe(**job["recipe"]), folder, resume=True, on_epoch=on_epoch, callbacks=[heartbeat, *watches])
+        fit(Recipe(**job["recipe"]), folder, resume=True, on_epoch=on_epoch, callbacks=[heartbeat, gauges, *watches])
+
+
+class Training(wrap_function(run_trial)):  # type: ignore[misc]
+    """A process that runs trials; Ray's dashboard keeps the name that it has when it begins."""
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> ray.tune.PlacementGroupFactory:
+        return ray.tune.PlacementGroupFactory([config["takes"]])
+
+    def __repr__(self) -> str:
+        return str(self.config["job"]["job_id"] if self.config["alone"] else self.config["search"])
 
 
 def epoch_checkpoint(folder: Path, epoch: int) -> Path:

@@ -1,0 +1,168 @@
+"""Faults while a search runs: whatever is killed, and when, nothing is lost and no epoch is trained in vain."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import psutil
+import pytest
+
+ROOT = Path(__file__).parent.parent
+QUESTION = (
+    "--arch classic_cnn --width 3 --dataset digits --optimizer adam --limit_train 400 --num_samples 4 --max_epochs 5 "
+    "--finalists 1 --finalist_seeds 1 --max_concurrent 1"
+)
+FILES = ("curves", "trials", "finalists")
+
+# Lightning takes callbacks from installed packages; this one counts the epochs that are really trained.
+COUNTER = """
+import os
+from pytorch_lightning.callbacks import Callback
+
+class Counter(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        with open(os.environ["EPOCHS_TRAINED"], "a") as file:
+            file.write(f"{trainer.default_root_dir} {trainer.current_epoch + 1}\\n")
+
+def made():
+    return Counter()
+"""
+
+
+class Searches:
+    """Searches of the one question, in a folder of results, whose trained epochs are counted."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder = folder
+        site = folder / "site"
+        (site / "counter-1.0.dist-info").mkdir(parents=True)
+        (site / "counter.py").write_text(COUNTER)
+        (site / "counter-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: counter\nVersion: 1.0\n")
+        entry = "[pytorch_lightning.callbacks_factory]\ncounter = counter:made\n"
+        (site / "counter-1.0.dist-info" / "entry_points.txt").write_text(entry)
+        self.environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "PYTHONPATH": f"{site}:{ROOT}"}
+
+    def start(self, name: str, *words: str) -> subprocess.Popen[str]:
+        environment = {**self.environment, "EPOCHS_TRAINED": str(self.folder / f"{name}.log")}
+        command = [sys.executable, "-m", "tune.asha", "--results_dir", str(self.folder), "--name", name, *words]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+        )
+
+    def rows(self, name: str) -> int:
+        with contextlib.suppress(OSError):
+            return len((self.folder / name / "curves.csv").read_text().splitlines()) - 1
+        return 0
+
+    def trained(self, name: str) -> Counter[str]:
+        return Counter((self.folder / f"{name}.log").read_text().splitlines())
+
+    def await_rows(self, name: str, process: subprocess.Popen[str], rows: int) -> bool:
+        """Wait until curves.csv has so many rows; False if the search came to its end before."""
+        until = time.monotonic() + 300
+        while self.rows(name) < rows:
+            if process.poll() is not None:
+                return False
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        return True
+
+    def assert_equal(self, one: str, other: str) -> None:
+        for file in FILES:
+            left, right = (pd.read_csv(self.folder / name / f"{file}.csv") for name in (one, other))
+            pd.testing.assert_frame_equal(left.drop(columns="seconds"), right.drop(columns="seconds"), check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def searches(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Searches:
+    made = Searches(tmp_path_factory.mktemp("searches"), session_cache)
+    whole = made.start("whole", *QUESTION.split())
+    _, error = whole.communicate(timeout=300)
+    assert whole.returncode == 0, error
+    assert set(made.trained("whole").values()) == {1}
+    return made
+
+
+def kill_driver(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+
+
+def kill_workers(process: subprocess.Popen[str]) -> None:
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "ImplicitFunc" in " ".join(child.cmdline()):
+                child.kill()
+
+
+def kill_ray(process: subprocess.Popen[str]) -> None:
+    raylets: list[psutil.Process] = []
+    while not raylets:  # a search that was only just resumed has none yet
+        raylets = [child for child in psutil.Process(process.pid).children() if child.name() == "raylet"]
+        time.sleep(0.1)
+    raylets[0].kill()
+    assert process.wait(timeout=60) == 1
+
+
+def end_in_order(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    process.wait(timeout=60)
+
+
+KILLS = int(os.environ.get("CIFAR_LAB_KILLS", "2"))  # a search; more of them for the figures in results/LOG.md
+
+
+@pytest.mark.parametrize("fault", [kill_driver, kill_workers, kill_ray, end_in_order])
+def test_a_search_killed_at_random_points_equals_the_uninterrupted_one(
+    searches: Searches, fault: Callable[[subprocess.Popen[str]], None]
+) -> None:
+    name = fault.__name__
+    draw = random.Random(name)
+    total, kills, resume = searches.rows("whole"), 0, []
+    process = searches.start(name, *QUESTION.split())
+    points = sorted(draw.randrange(1, total - 6) for _ in range(KILLS))  # the last rows come too fast to be met
+    for point in points:
+        if not searches.await_rows(name, process, point):
+            break
+        time.sleep(draw.uniform(0, 0.2))
+        fault(process)
+        kills += 1
+        resume = ["--resume"]
+        if process.poll() is not None:
+            out, error = process.communicate()
+            assert fault is kill_driver or (out + error).splitlines()[-1].endswith("--resume"), (out, error)
+            process = searches.start(name, *resume)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert kills == len(points)
+    searches.assert_equal("whole", name)
+    repeated = {epoch: count - 1 for epoch, count in searches.trained(name).items() if count > 1}
+    assert sum(repeated.values()) <= kills, "a kill may cost the one epoch that was under way"
+    print(f"{name}: {kills} kills survived, {sum(repeated.values())} epochs repeated")
+
+
+def test_a_second_signal_ends_at_once_and_says_how_to_go_on(searches: Searches) -> None:
+    process = searches.start("twice", *QUESTION.split())
+    assert searches.await_rows("twice", process, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert time.monotonic() - begun < 5
+    assert process.returncode == 1
+    assert out.splitlines()[-1].endswith("--resume") and "--name twice" in out.splitlines()[-1]
+    again = searches.start("twice", "--resume")
+    again.communicate(timeout=300)
+    assert again.returncode == 0
+    searches.assert_equal("whole", "twice")
