@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -133,10 +134,15 @@ async def visit(url: str, token: str) -> list[str]:
 
                     await call("Page.navigate", url=f"{url}/#/actors")
                     before = await text("Authentication Token Required")
-                    await call("Input.insertText", text=token)
-                    for kind in ("keyDown", "keyUp"):
-                        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-                        await call("Input.dispatchKeyEvent", type=kind, **key)
+                    # The dialog shows before it listens.
+                    box = "document.querySelector('input[type=password]')"
+                    while "Authentication Token Required" in await text():
+                        await call("Runtime.evaluate", expression=f"{box}?.focus(), {box}?.select()")
+                        await call("Input.insertText", text=token)
+                        for kind in ("keyDown", "keyUp"):
+                            key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
+                            await call("Input.dispatchKeyEvent", type=kind, **key)
+                        await asyncio.sleep(1)
                     actors = await text("T000", "ALIVE")
                     await call("Page.navigate", url=f"{url}/#/jobs")
                     return [before, actors, await text("RUNNING")]
@@ -153,6 +159,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Itera
     # Ray reports every second, not every ten, so that short trials are seen.
     own = {"XDG_CACHE_HOME": str(session_cache), "RAY_metrics_report_interval_ms": "1000", "COLUMNS": "200"}
     words = ["-m", "tune.asha", "--results_dir", str(results), "--name", "shown", "--dashboard", *QUESTION.split()]
+    pool = ThreadPoolExecutor(1)
     with (results / "out").open("w") as out:
         search = subprocess.Popen(
             [sys.executable, *words], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **own}, cwd=ROOT
@@ -163,7 +170,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Itera
                 assert search.poll() is None and time.monotonic() < until, (results / "out").read_text()
                 url = re.search(r"Dashboard: (http://127\.0\.0\.1:(\d+))", (results / "out").read_text())
                 time.sleep(0.1)
-            process, visited = psutil.Process(search.pid), CHROMIUM is None
+            process, visit_of = psutil.Process(search.pid), None
             ray = Path(sys.executable).with_name("ray")
             found.token = subprocess.run([ray, "get-auth-token"], capture_output=True, text=True).stdout.strip()
             while search.poll() is None:
@@ -171,11 +178,14 @@ def seen(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Itera
                 found.samples.append(scrape(targets(process, int(url[2]))))
                 if not found.status:
                     found.status = {path: answer(url[1] + path)[0] for path in ("/", "/api/version")}
-                if found.samples[-1] and not visited:
-                    found.listening |= listening(process)
-                    found.pages, visited = asyncio.run(visit(url[1], found.token)), True
+                if found.samples[-1] and not found.listening:
+                    found.listening = listening(process)
+                    if CHROMIUM is not None:
+                        visit_of = pool.submit(asyncio.run, asyncio.wait_for(visit(url[1], found.token), 120))
                 time.sleep(0.2)
+            found.pages = visit_of.result() if visit_of else []
         finally:
+            pool.shutdown()
             search.terminate()
             search.wait(timeout=60)
     found.out = (results / "out").read_text()
@@ -199,8 +209,6 @@ def test_a_browser_shows_the_trials_by_their_names_after_signing_in(seen: Seen) 
 
 
 def test_nothing_of_a_search_listens_beyond_this_machine(seen: Seen) -> None:
-    if not seen.listening:
-        pytest.skip("no chromium on this machine: nothing was looked at")
     assert len(seen.listening) > 5, "the test has not seen Ray"
     for address, _ in seen.listening:
         one = ipaddress.ip_address(address)

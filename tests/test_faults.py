@@ -99,10 +99,15 @@ def kill_driver(process: subprocess.Popen[str]) -> None:
 
 
 def kill_workers(process: subprocess.Popen[str]) -> None:
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "ImplicitFunc" in " ".join(child.cmdline()):
-                child.kill()
+    killed = 0
+    while not killed and process.poll() is None:  # a worker that was killed before may not be back yet
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if child.name().startswith("ray::Training"):
+                    child.kill()
+                    killed += 1
+        time.sleep(0.1)
+    assert killed
 
 
 def kill_ray(process: subprocess.Popen[str]) -> None:

@@ -67,7 +67,7 @@ def test_values_become_numbers_truths_and_texts(tmp_path: Path) -> None:
     assert question.settings[-1] == {"augment": False, "lr": 0.001, "depth": 3, "activation": "elu"}
 
 
-@pytest.mark.parametrize("words", ["--grid precision=32,bf16", "--arch dynamic_cnn --grid num_blocks=1,2"])
+@pytest.mark.parametrize("words", ["--grid precision=32,bf16", "--arch dynamic_cnn --grid num_blocks=1,2;2,2"])
 def test_a_text_that_looks_like_a_number_can_be_varied(words: str, tmp_path: Path) -> None:
     assert len(asked(tmp_path, words).settings) == 2
 

@@ -27,7 +27,7 @@ from tune.grid_question import GridQuestion
 from tune.question import Question, SearchQuestion, question_file
 from tune.reproduce import grid_value
 from tune.space import Choice, configuration
-from tune.study import Figure, Study, StudyOptions, main, question_of, studies
+from tune.study import Figure, Study, main, question_of, studies
 
 ROOT = Path(__file__).parent.parent
 COLUMNS = [
@@ -74,7 +74,7 @@ FOUND = {
 
 def asked(folder: Path, study: Study, given: dict[str, Any] | None = None, **options: Any) -> Question:
     """The question of a study whose files go below `folder`."""
-    places = StudyOptions(**{"results_dir": str(folder / "runs"), "published_dir": str(folder / "results"), **options})
+    places = dict(**{"results_dir": str(folder / "runs"), "published_dir": str(folder / "results"), **options})
     return question_of(study, given or {}, places, resume=False, quiet=False, dashboard=False, words="python -m x y")
 
 
@@ -259,7 +259,7 @@ def test_a_field_that_is_given_is_taken_out_of_the_grid(carried: Path) -> None:
         ("003-lr --widht 2", r"--widht: there is no such flag; did you mean --width\?"),
         ("003-lr --lr -1", r"lr: -1\.0\. Legal: more than 0"),
         ("003-lr --depth 18", r"--depth: there is no such flag"),
-        ("003-lr --resume --variant corrected", r"name: there is nothing named '003-lr-corrected' to resume"),
+        ("003-lr --resume --variant corrected", r"--resume: 003-lr was not begun in"),
         ("000-kfold --prune_after 3", r"prune_after: 3\. Legal: 1 to 2, fewer than folds"),
         ("003-lr --prune_after 1", r"prune_after: 1\. Legal: unset, while there are no folds"),
         ("000-kfold --fold 1", r"fold"),
@@ -285,7 +285,7 @@ def test_all_variants_are_refused_before_the_first_is_trained(tmp_path: Path, mo
     (tmp_path / "runs" / "003-lr-as_reported").mkdir(parents=True)
     (tmp_path / "runs" / "003-lr-as_reported" / "curves.csv").touch()
     monkeypatch.setattr("tune.reproduce.reproduce", lambda *_: pytest.fail("it was trained"))
-    with pytest.raises(InputError, match="003-lr-as_reported' exists"):
+    with pytest.raises(InputError, match="study: 003-lr, as_reported lies in"):
         main(["003-lr", *places(tmp_path)])
 
 
@@ -493,7 +493,7 @@ def test_a_study_is_not_gone_on_with_as_another(rates: Ran) -> None:
     for words, said in (("--max_epochs 3", "max_epochs was 2, is now 3"), ("--lr 0.01", "lr was 0.001, is now 0.01")):
         with pytest.raises(InputError, match=said):
             main(["002-lr", "--variant", "as_reported", "--resume", *words.split(), *places(rates[0])])
-    with pytest.raises(InputError, match="'002-lr-as_reported' exists"):
+    with pytest.raises(InputError, match="study: 002-lr, as_reported lies in"):
         main(["002-lr", *SCALED, *places(rates[0])])
     assert files(rates[0]) == before
 

@@ -99,7 +99,8 @@ class Campaign(Generic[Q]):
                     self.experiment.reopen()
                     self.say(self.plan())
                     if joined.dashboard:
-                        self.say(f"Dashboard: http://{joined.dashboard} (to sign in: ray get-auth-token)")
+                        ray = os.path.relpath(Path(sys.executable).with_name("ray"))
+                        self.say(f"Dashboard: http://{joined.dashboard} (its token: {ray} get-auth-token)")
                     self.work()
                 if self.trained():
                     self.settle()
@@ -188,6 +189,7 @@ class Campaign(Generic[Q]):
                 concurrent=self.concurrent,
                 scratch=self.folder / "ray",
                 last_words=self.last_words(),
+                named=self.question.dashboard,
             )
 
     def job(self, job_id: str, recipe: Recipe) -> Job:

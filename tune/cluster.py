@@ -97,7 +97,8 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
             ray.shutdown()
             raise OSError(f"Ray could not be started on this machine ({reason})") from error
         raise InputError(
-            f"address: no Ray cluster answers at {address!r} ({reason}). Legal: HOST:PORT, or auto."
+            f"address: no Ray cluster answers at {address!r} ({reason}). Legal: HOST:PORT, or auto; one that asks "
+            "for a token wants RAY_AUTH_MODE=token in the environment."
         ) from error
     try:
         yield Joined(

@@ -152,8 +152,11 @@ class Grid(Campaign[GridQuestion]):
     def prune(self, folds: int) -> None:
         """Give up the settings that were poorest over the first folds."""
         # A diverged setting takes no sound one's place; a failed one may still be tried again.
-        sound = [s for s in self.settings() if s.status != "failed"]
-        means = {s.setting_id: -1.0 if s.status == "diverged" else s.at_best(folds)["val_acc"] for s in sound}
+        means: dict[str, float] = {}
+        for setting in self.settings():
+            states = {t.status for t in setting.trainings if fold_of(t.trial_id) < folds}
+            if "failed" not in states:
+                means[setting.setting_id] = -1.0 if "diverged" in states else setting.at_best(folds)["val_acc"]
         kept = survivors(means, self.question.options.keep)
         cutoff = min(means[name] for name in kept)
         for trial in self.experiment.trials.values():

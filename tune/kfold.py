@@ -86,8 +86,8 @@ def _value(text: str, hint: Any) -> Any:
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if bool in kinds and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        if kind in kinds:
+    if {int, float} & set(kinds):
+        for kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(text)
     return text

@@ -149,7 +149,7 @@ def grid_rows(study: Study, question: GridQuestion) -> list[Row]:
     rows = []
     for figure in study.published:
         value, note = grid_value(figure, question, made, best, images)
-        why = "not run" if value is None else ""
+        why = "" if value is not None else "not tested" if note else "not run: the value was left out"
         rows.append(_row(study, figure, value, **cells, reason=_joined(why, reason(study, question, figure, note))))
     return rows
 
