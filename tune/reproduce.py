@@ -148,7 +148,7 @@ def grid_rows(study: Study, question: GridQuestion) -> list[Row]:
     cells = shared_cells(study, question, best, images, str(question.base.seed))
     rows = []
     for figure in study.published:
-        value, note = grid_value(figure, question, made, best, images)
+        value, note = grid_value(figure, question, made, best)
         why = "" if value is not None else "not tested" if note else "not run: the value was left out"
         rows.append(_row(study, figure, value, **cells, reason=_joined(why, reason(study, question, figure, note))))
     return rows
@@ -162,7 +162,7 @@ def trained_images(question: Question) -> int:
 
 
 def grid_value(
-    figure: Figure, question: GridQuestion, made: Sequence[Setting], best: dict[str, Any], images: int
+    figure: Figure, question: GridQuestion, made: Sequence[Setting], best: dict[str, Any]
 ) -> tuple[Value | None, str]:
     """A figure's value in a grid, and a remark: which setting it is of, where the figure leaves that open."""
     setting = _matching(made, figure.at, best)
