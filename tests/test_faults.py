@@ -135,7 +135,7 @@ def test_a_search_killed_at_random_points_equals_the_uninterrupted_one(
     draw = random.Random(name)
     total, kills, resume = searches.rows("whole"), 0, []
     process = searches.start(name, *QUESTION.split())
-    points = sorted(draw.randrange(1, total - 6) for _ in range(KILLS))  # the last rows come too fast to be met
+    points = sorted(draw.randrange(1, total - 2) for _ in range(KILLS))  # the last rows come too fast to be met
     for point in points:
         if not searches.await_rows(name, process, point):
             break
@@ -145,7 +145,7 @@ def test_a_search_killed_at_random_points_equals_the_uninterrupted_one(
         resume = ["--resume"]
         if process.poll() is not None:
             out, error = process.communicate()
-            assert fault is kill_driver or (out + error).splitlines()[-1].endswith("--resume"), (out, error)
+            assert fault is kill_driver or out.rstrip().endswith("--resume"), (out, error)
             process = searches.start(name, *resume)
     _, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
@@ -163,9 +163,9 @@ def test_a_second_signal_ends_at_once_and_says_how_to_go_on(searches: Searches) 
     time.sleep(0.05)
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    assert process.wait(timeout=60) == 1
     assert time.monotonic() - begun < 5
-    assert process.returncode == 1
+    out, _ = process.communicate(timeout=60)
     assert out.splitlines()[-1].endswith("--resume") and "--name twice" in out.splitlines()[-1]
     again = searches.start("twice", "--resume")
     again.communicate(timeout=300)
