@@ -342,9 +342,9 @@ def test_a_diverged_setting_has_no_test_figure_and_says_why(tmp_path: Path) -> N
     question = grid_asked(tmp_path, "003-lr", "corrected")
     kept = {"trial_id": "G01", "val_n": 144, "recipe": {"lr": 0.005}}
     object.__setattr__(question, "folder", tmp_path)
-    value, _ = grid_value(Figure(metric="test_acc", at={"lr": 0.005}), question, made, kept, 100)
+    value, _ = grid_value(Figure(metric="test_acc", at={"lr": 0.005}), question, made, kept)
     assert value == (0.5, 0.4, 0.6, 360)
-    value, note = grid_value(Figure(metric="test_acc", at={"lr": 0.01}), question, made, kept, 100)
+    value, note = grid_value(Figure(metric="test_acc", at={"lr": 0.01}), question, made, kept)
     assert value is None and "diverged" in note
 
 

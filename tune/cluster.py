@@ -114,29 +114,39 @@ def ending(last_words: str) -> Iterator[None]:
     """While Ray runs trials Ctrl-C and SIGTERM end them in order; a second one prints `last_words` and ends at once."""
     signals = (signal.SIGINT, signal.SIGTERM)
 
-    def at_once(*_: Any) -> None:
-        print(last_words, flush=True)
-        os._exit(1)  # what Ray still has to do may take long, and nothing of it is needed: each epoch is on disk
-
     def in_order(*_: Any) -> None:
-        for number in signals:
-            signal.signal(number, at_once)
         print("Ending; once more ends at once.", flush=True)
         os.kill(os.getpid(), signal.SIGUSR1)  # which Ray takes for its own word to stop
 
     def too_early(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = {number: signal.getsignal(number) for number in signals}
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+
+    def count() -> None:
+        """End the process with the second signal, though the main thread may be deep in a call of Ray's."""
+        received = 0
+        while number := os.read(heard, 1):
+            received += number[0] in signals
+            if received > 1:
+                print(last_words, flush=True)
+                os._exit(1)  # what Ray still has to do may take long, and each epoch is on disk
+
+    before = {number: signal.signal(number, in_order) for number in signals}
     signal.signal(signal.SIGUSR1, too_early)  # Ray replaces it when it begins
-    for number in signals:
-        signal.signal(number, in_order)
+    wakeup = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    thread = threading.Thread(target=count, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGINT) is in_order:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(told)  # which the thread reads as the end
+        thread.join()
+        os.close(heard)
 
 
 @contextlib.contextmanager
