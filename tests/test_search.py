@@ -180,10 +180,9 @@ def test_only_the_best_checkpoints_are_kept_and_they_hold_no_code(
     finalists = pd.read_csv(folder / "finalists.csv")
     kept = {f"{t}-s{s}" for t, s in zip(finalists.trial_id, finalists.seed, strict=True)} | set(finalists.trial_id)
     assert {p.name for p in (folder / "checkpoints").iterdir()} == kept
-    for place in (folder / "checkpoints").rglob("*"):
-        if place.is_file():
-            assert place.name == "best.ckpt"
-            assert "optimizer_states" not in torch.load(place, weights_only=True)
+    for trial in (folder / "checkpoints").iterdir():
+        assert {place.name for place in trial.iterdir()} == {"best.ckpt", "sha256.json"}
+        assert "optimizer_states" not in torch.load(trial / "best.ckpt", weights_only=True)
 
 
 def test_what_is_printed_fits_80_columns_and_is_no_log(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
