@@ -6,7 +6,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "elu": nn.ELU, "gelu": nn.GELU}
 Activation = Literal["relu", "leaky_relu", "elu", "gelu"]
@@ -28,8 +30,11 @@ class Network(nn.Module):
         super().__init__()
         self.num_classes = num_classes
 
-    def start(self) -> None:
+    def start(self, images: Tensor) -> None:
         """What a fresh training begins from beyond random weights; not called when a checkpoint is loaded.
+
+        Args:
+            images: some of the training images, (n, 3, 32, 32) float, normalised.
 
         Raises:
             WeightsError: what it should begin from cannot be had.
@@ -45,6 +50,60 @@ def memory_format(network: Network) -> torch.memory_format:
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     full = all(layer.out_channels % 16 == 0 for layer in convolutions)
     return torch.channels_last if network.CHANNELS_LAST and full else torch.contiguous_format
+
+
+SIDE_BY_SIDE = 8  # images
+NARROW = 8  # pixels
+
+
+def side_by_side(images: Tensor) -> Tensor:
+    """Rows of SIDE_BY_SIDE images, a column of zeros after each, the last row filled up with zeros.
+
+    (N, C, H, W) to (ceil(N/SIDE_BY_SIDE), C, H, SIDE_BY_SIDE*(W+1)), channels_last.
+    """
+    n, c, h, w = images.shape
+    padded = F.pad(images.permute(0, 2, 3, 1), (0, 0, 0, 1, 0, 0, 0, -n % SIDE_BY_SIDE))
+    rows = padded.view(-1, SIDE_BY_SIDE, h, w + 1, c).transpose(1, 2)
+    return rows.reshape(-1, h, SIDE_BY_SIDE * (w + 1), c).permute(0, 3, 1, 2)
+
+
+class _Conv3x3(torch.autograd.Function):
+    """A 3x3 convolution of padding 1 whose weights' gradient is taken with the images side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(images, weight)
+        return F.conv2d(images, weight, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        images, weight = ctx.saved_tensors
+        return (
+            conv2d_input(images.shape, weight, gradient, padding=1),  # type: ignore[no-untyped-call]
+            conv2d_weight(  # type: ignore[no-untyped-call]
+                side_by_side(images), weight.shape, side_by_side(gradient), padding=1
+            ),
+        )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution without bias, which keeps the size of the map where it is padded.
+
+    In bf16 on a CPU with AMX the gradient of the weights is a product over the pixels of one row of the map, of which
+    32 fill a tile: on maps of 8 pixels or less most of it is empty. There a row is that of several images: with 256
+    channels 2 times faster at 7x7, 5 times at 3x3 (torch 2.15).
+    """
+
+    def __init__(self, channels: int, out: int, padding: int = 1) -> None:
+        super().__init__(channels, out, 3, padding=padding, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        if half and self.training and x.shape[3] <= NARROW and self.padding == (1, 1):
+            dtype = torch.get_autocast_dtype("cpu")
+            out: Tensor = _Conv3x3.apply(x.to(dtype), self.weight.to(dtype))
+            return out
+        return super().forward(x)
 
 
 AT_LEAST_ONE = ("1 or more", lambda v: v >= 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -18,6 +20,8 @@ from cifar_lab.models import build
 from cifar_lab.recipe import Recipe
 
 REPEATS = 5
+CUDA_CONTEXT = 600e6  # bytes that a process holds on a GPU beside its tensors, about
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
 
 def device() -> torch.device:
@@ -42,6 +46,14 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_share() -> float:
+    """The part of its GPU's memory that this process has held at most, 0 without a GPU."""
+    if not torch.cuda.is_available():
+        return 0.0
+    _, total = torch.cuda.mem_get_info()
+    return float((torch.cuda.max_memory_reserved() + CUDA_CONTEXT) / total)
+
+
 def hardware() -> str:
     """The processor that trains, and how much of it."""
     if torch.cuda.is_available():
@@ -58,6 +70,18 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def reuse_memory() -> None:
+    """Have the C library keep the memory that a step frees for the next one, where it is glibc.
+
+    It would hand blocks of more than 32 MB back to the system, and take them anew page by page: with `speed_cnn` at a
+    batch of 500 a sixth of the processor's time.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def resolve_precision(recipe: Recipe) -> Recipe:

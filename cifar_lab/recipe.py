@@ -59,7 +59,8 @@ class Recipe:
         dataset: cifar10; folder (train/CLASS/*.png and test/CLASS/*.png of your own); digits (embedded, no download).
         data_dir: where the images lie; unset: CIFAR_LAB_DATA, else the cache, into which cifar10 is downloaded.
         limit_train: use only this many images of the training part, stratified; validation stays whole.
-        val_fraction: part of the training set held out for validation, stratified.
+        val_fraction: part of the training set held out for validation, stratified; 0 trains on all of it, and the last
+            epoch counts for the best.
         split_seed: seed of that split, or of the folds.
         folds: cross-validation instead of that split: the training set in this many stratified parts, of which part
             `fold` validates; limit_train then counts the images of all parts.
@@ -76,11 +77,13 @@ class Recipe:
         label_smoothing: share of the target spread evenly over the classes.
         agc: adaptive gradient clipping: largest norm of a unit's gradient over that of its weights, the last layer
             left alone; 0 is off.
-        optimizer: sgd, adam (L2 in the gradient) or adamw (decoupled decay).
+        optimizer: sgd, adam (L2 in the gradient), adamw (decoupled decay) or muon (steps of equal size in all
+            directions for the filters of convolutions, adamw with a tenth of the lr for the rest).
         lr: peak learning rate.
-        momentum: momentum of sgd; the first beta of adam and adamw.
-        nesterov: Nesterov momentum for sgd.
-        weight_decay: weight decay, per step times lr for adamw, L2 coefficient otherwise.
+        momentum: momentum of sgd and muon; the first beta of adam and adamw.
+        nesterov: Nesterov momentum for sgd; that of muon always is.
+        weight_decay: weight decay, per step times lr for adamw and what is no filter under muon, else the L2
+            coefficient.
         schedule: lr over time after warm-up: none, step (times .1 every lr_step epochs), plateau (times .1 after
             lr_patience epochs without a better val_loss), cosine and linear (down to 0), onecycle (up for 30% of the
             run, then down, both cosine; it has its own warm-up).
@@ -99,7 +102,7 @@ class Recipe:
     dataset: Literal["cifar10", "folder", "digits"] = "cifar10"
     data_dir: str | None = None
     limit_train: int | None = at_least(1, None, " images, or unset")
-    val_fraction: float = dial(0.1, "more than 0 and less than 1", lambda v: 0 < v < 1)
+    val_fraction: float = _fraction(0.1)
     split_seed: int = at_least(0, 0)
     folds: int | None = at_least(2, None, ", or unset")
     fold: int = at_least(0, 0)
@@ -114,7 +117,7 @@ class Recipe:
     cutmix: float = at_least(0, 0.0)
     label_smoothing: float = _fraction(0.0)
     agc: float = at_least(0, 0.0)
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw", "muon"] = "sgd"
     lr: float = _positive(0.1)
     momentum: float = _fraction(0.9)
     nesterov: bool = False
@@ -157,6 +160,13 @@ class Recipe:
         if self.fold >= (self.folds or 1):
             legal = f"0 to {self.folds - 1}, below folds" if self.folds else "0, while folds is unset"
             raise RecipeError(f"fold: {self.fold}. Legal: {legal}.")
+        if not self.validated and self.schedule == "plateau":
+            raise RecipeError("schedule: plateau looks at val_loss; it needs folds, or a val_fraction above 0.")
+        if not self.validated and self.early_stop_patience is not None:
+            raise RecipeError(
+                f"early_stop_patience: {self.early_stop_patience} looks at val_acc; it needs folds, or a val_fraction "
+                "above 0."
+            )
         if self.mixup and self.cutmix:
             raise RecipeError(f"mixup: {self.mixup} and cutmix: {self.cutmix}; only one of them may be above 0.")
         if self.warmup_epochs and self.schedule == "onecycle":
@@ -177,6 +187,11 @@ class Recipe:
         if changes.get("arch", self.arch) != self.arch:
             kept = {f.name: kept[f.name] for f in dataclasses.fields(Recipe)}
         return Recipe(**{**kept, **changes})
+
+    @property
+    def validated(self) -> bool:
+        """Whether images are held out for validation."""
+        return self.folds is not None or self.val_fraction > 0
 
     def network_parameters(self) -> dict[str, Any]:
         """The fields which the architecture itself declares: what its network is made from."""

@@ -12,20 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import NARROW
 from torch import Tensor, nn
 
 from cifar_lab import models
 from cifar_lab.models import ARCHITECTURES, build
 from cifar_lab.recipe import Recipe
 
-NARROW: dict[str, dict[str, Any]] = {
-    "resnet": {"width": 8},
-    "nf_resnet": {"width": 8},
-    "wide_cnn": {"width": 4},
-    "mixed_kernel_cnn": {"width": 4},
-    "dynamic_cnn": {"width": 4, "num_blocks": "1,1"},
-    "pretrained": {"resolution": 32},
-}
 # What a training begins from is no part of the network that is built: tests/test_pretrained.py shows what it does.
 OWN = [(a, name) for a in ARCHITECTURES for name in models.parameters(a) if (a, name) != ("pretrained", "weights")]
 

@@ -10,7 +10,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import OneCycleLR
 
-from cifar_lab.optim import clip_adaptively, lr_factor, optimizer, schedulers
+from cifar_lab.optim import REST_LR, clip_adaptively, lr_factor, optimizer, orthogonal, schedulers
 from cifar_lab.recipe import Recipe
 
 STEPS = 10
@@ -172,3 +172,97 @@ def test_adaptive_clipping_lets_a_weight_at_zero_move() -> None:
     p.grad = torch.tensor([3.0, 0.0, 4.0])
     clip_adaptively([p], 0.01)
     torch.testing.assert_close(p.grad, torch.tensor([0.6e-5, 0.0, 0.8e-5]))
+
+
+def with_gradients(shapes: list[tuple[int, ...]], seed: int = 0) -> list[Parameter]:
+    torch.manual_seed(seed)
+    made = [Parameter(torch.randn(shape)) for shape in shapes]
+    for p in made:
+        p.grad = torch.randn(p.shape)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(8, 27), (64, 64), (60, 9)], ids=str)
+def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_1(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonal(matrix.to(dtype))
+    assert made.dtype == dtype and made.shape == shape
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    kept = values > values[0] / 20
+    turned = left.T @ made.float() @ right.T
+    assert ((turned.diagonal() > 0.6) & (turned.diagonal() < 1.3))[kept].all()
+    assert float((turned - turned.diagonal().diag()).abs().max()) < 0.05
+
+
+FILTERS, REST = [(6, 3, 3, 3), (4, 8, 1, 1)], [(5,), (4, 7), ()]
+
+
+def muon(parameters: list[Parameter], **fields: Any) -> torch.optim.Optimizer:
+    chosen = {"lr": 0.2, "momentum": 0.8, "weight_decay": 0.1, **fields}
+    return optimizer(Recipe(optimizer="muon", **chosen), parameters)
+
+
+def test_muon_moves_filters_of_fixed_norm_along_the_orthogonal_momentum() -> None:
+    filters = with_gradients(FILTERS)
+    made = muon(filters)
+    means = [torch.zeros_like(p) for p in filters]
+    for step in range(3):
+        before = [p.detach().clone() for p in filters]
+        for p in filters:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+        made.step()
+        for p, was, mean in zip(filters, before, means, strict=True):
+            assert p.grad is not None
+            mean.mul_(0.8).add_(p.grad)
+            start = was * (len(was) ** 0.5 / was.norm())
+            direction = orthogonal((p.grad + 0.8 * mean).flatten(1)).view_as(was)
+            torch.testing.assert_close(p.detach(), start - 0.2 * direction)
+
+
+def test_muon_is_adamw_for_all_other_parameters() -> None:
+    ours, theirs = with_gradients(REST), with_gradients(REST)
+    made = muon(ours)
+    adamw = torch.optim.AdamW(theirs, 0.2 * REST_LR, betas=(0.8, 0.999), weight_decay=0.1)
+    for step in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.manual_seed(step)
+            one.grad = torch.randn(one.shape)
+            other.grad = one.grad.clone()
+        made.step(), adamw.step()
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"lr": 0.1}, {"momentum": 0.5}, {"weight_decay": 0.5}, {"precision": "bf16"}], ids=str
+)
+def test_muon_heeds_what_the_recipe_says(fields: dict[str, Any]) -> None:
+    def after(**fields: Any) -> list[Parameter]:
+        parameters = with_gradients(FILTERS + REST)
+        made = muon(parameters, **fields)
+        for _ in range(2):
+            made.step()
+        return parameters
+
+    assert not all(torch.equal(one, other) for one, other in zip(after(), after(**fields), strict=True))
+
+
+def test_muon_leaves_parameters_without_a_gradient_alone() -> None:
+    parameters = with_gradients(FILTERS + REST)
+    for p in parameters:
+        p.grad = None
+    before = [p.detach().clone() for p in parameters]
+    muon(parameters).step()
+    assert all(torch.equal(p, was) for p, was in zip(parameters, before, strict=True))
+
+
+def test_muon_keeps_the_layout_of_filters_in_channels_last() -> None:
+    plain, last = with_gradients([(16, 16, 3, 3)]), with_gradients([(16, 16, 3, 3)])
+    for p in last:
+        p.data = p.data.contiguous(memory_format=torch.channels_last)
+    muon(plain).step(), muon(last).step()
+    assert last[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(plain[0], last[0])

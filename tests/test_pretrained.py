@@ -10,6 +10,7 @@ from urllib.error import URLError
 import pytest
 import torch
 import torchvision
+from conftest import Trap
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
@@ -63,7 +64,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def refusal(network: Any) -> str:
     with pytest.raises(WeightsError) as caught:
-        network.start()
+        network.start(images(2))
     text = str(caught.value)
     assert text.startswith("weights: ") and "\n" not in text
     return text
@@ -73,7 +74,7 @@ def test_after_the_start_the_features_are_torchvisions(theirs: Any, tmp_path: Pa
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     network = make(7, weights=str(tmp_path / "w.pth")).eval()
     head = {name: tensor.clone() for name, tensor in network.head.state_dict().items()}
-    network.start()
+    network.start(images(2))
     assert same(body(network), theirs.state_dict())
     assert same(head, network.head.state_dict()), "the head begins at random"
     resized = transforms.resize(images(2), [64, 64], transforms.InterpolationMode.BILINEAR)
@@ -85,7 +86,7 @@ def test_after_the_start_the_features_are_torchvisions(theirs: Any, tmp_path: Pa
 def test_imagenet_is_read_from_the_cache_of_torchs_hub(theirs: Any, offline: Path) -> None:
     torch.save(theirs.state_dict(), offline / IMAGENET_FILE)
     network = make()
-    network.start()
+    network.start(images(2))
     assert same(body(network), theirs.state_dict())
 
 
@@ -104,18 +105,8 @@ def test_building_loads_nothing(theirs: Any, offline: Path) -> None:
 def test_without_weights_the_start_changes_nothing() -> None:
     network = make(weights="none")
     before = body(network)
-    network.start()
+    network.start(images(2))
     assert same(before, body(network))
-
-
-class Trap:
-    """Unpickled, it makes the file it names."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
 
 
 @pytest.mark.parametrize("cached", [False, True])

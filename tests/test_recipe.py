@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cifar_lab import models
+from cifar_lab import cli, models
 from cifar_lab.recipe import InputError, Recipe, RecipeError, recipe_class
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ SHARED = [f.name for f in dataclasses.fields(Recipe)]
 
 OUT_OF_RANGE: dict[str, list[Any]] = {
     "limit_train": [0, -1],
-    "val_fraction": [0.0, 1.0, -0.1, 1.5],
+    "val_fraction": [1.0, -0.1, 1.5],
     "split_seed": [-1],
     "folds": [1, 0],
     "fold": [-1],
@@ -152,6 +152,9 @@ def test_an_architecture_moves_the_defaults_it_declares_and_no_other(arch: str) 
     [
         ({"optimizer": "adam", "nesterov": True}, "nesterov"),
         ({"momentum": 0.0, "nesterov": True}, "nesterov"),
+        ({"optimizer": "muon", "nesterov": True}, "nesterov"),
+        ({"val_fraction": 0, "schedule": "plateau"}, "schedule"),
+        ({"val_fraction": 0, "early_stop_patience": 3}, "early_stop_patience"),
         ({"mixup": 0.2, "cutmix": 1.0}, "mixup"),
         ({"fold": 1}, "fold"),
         ({"folds": 3, "fold": 3}, "fold"),
@@ -161,6 +164,10 @@ def test_an_architecture_moves_the_defaults_it_declares_and_no_other(arch: str) 
 )
 def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], named: str) -> None:
     assert refusal(**fields).startswith(f"{named}: ")
+
+
+def test_folds_validate_whatever_the_val_fraction() -> None:
+    assert Recipe(val_fraction=0, folds=3, schedule="plateau", early_stop_patience=3).validated
 
 
 def test_a_refusal_is_an_input_error_which_is_a_value_error() -> None:
@@ -178,7 +185,7 @@ RECIPES = st.builds(
     lr=st.floats(1e-9, 1e3),
     momentum=st.floats(0, 0.999),
     seed=st.integers(0, 2**32 - 1),
-    optimizer=st.sampled_from(["sgd", "adam", "adamw"]),
+    optimizer=st.sampled_from(["sgd", "adam", "adamw", "muon"]),
     schedule=st.sampled_from(["none", "step", "plateau", "cosine", "onecycle", "linear"]),
     limit_train=st.none() | st.integers(1, 50_000),
     data_dir=st.none() | st.text(min_size=1),
@@ -196,6 +203,18 @@ def test_a_recipe_survives_dict_json_pickle_and_replace(recipe: Recipe) -> None:
     assert again == recipe and type(again) is type(recipe) and hash(again) == hash(recipe)
     assert recipe.replace() == recipe
     assert recipe.replace(lr=recipe.lr * 2) != recipe
+
+
+PRESETS = sorted((ROOT / "cifar_lab" / "presets").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
+def test_a_preset_is_its_architectures_recipe_but_for_what_it_says(file: Path) -> None:
+    given, _ = cli.parse("train", "", ["--config", str(file)])
+    own = Recipe(**{"arch": given["arch"]}).to_dict()
+    assert file.stem.startswith(given["arch"]) and f"--config {file.relative_to(ROOT)}" in file.read_text()
+    made = Recipe(**given).to_dict()
+    assert {name for name in made if made[name] != own[name]} == set(given) - {"arch"}, "it says what differs, no more"
 
 
 def test_replace_checks_again() -> None:
@@ -275,6 +294,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "mixed_kernel_cnn": {"width": 4},
     "dynamic_cnn": {"width": 4, "num_blocks": "1,1"},
     "pretrained": {"resolution": 32, "weights": "none"},
+    "speed_cnn": {"widths": "16,16,16"},
 }
 SHORT: dict[str, Any] = {k: v for k, v in CONTEXT.items() if k != "width"} | {"limit_train": 40, "max_epochs": 1}
 

@@ -67,7 +67,7 @@ class Pretrained(Network):
             self.body.eval()
         return self
 
-    def start(self) -> None:
+    def start(self, images: Tensor) -> None:
         if self.weights == "none":
             return
         state = downloaded(self.backbone) if self.weights == "imagenet" else read(Path(self.weights))
