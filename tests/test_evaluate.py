@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
+import os
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +16,35 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import torchvision.transforms.functional as tvf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
 from cifar_lab import data
+from cifar_lab.classifier import ImageClassifier
+from cifar_lab.corruptions import corrupt
 from cifar_lab.data import DataError
-from cifar_lab.evaluate import Evaluation, evaluate, record_of_test, t_interval, wilson
-from cifar_lab.fit import CheckpointError, fit
-from cifar_lab.recipe import Recipe
+from cifar_lab.evaluate import (
+    TTA,
+    Evaluation,
+    evaluate,
+    main,
+    record_of_test,
+    run_folder,
+    t_interval,
+    view,
+    wilson,
+)
+from cifar_lab.evaluate import (
+    answers as answers_of,
+)
+from cifar_lab.files import sha256
+from cifar_lab.fit import CheckpointError, best_record, fit, read_checkpoint
+from cifar_lab.recipe import InputError, Recipe
 
 
 def wilson_by_hand(correct: int, n: int) -> tuple[float, float]:
@@ -175,3 +199,343 @@ def test_training_never_reads_the_test_part(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(DataError, match="is not a readable image"):
         evaluate(run.best_checkpoint)
+
+
+# Test-time augmentation
+
+
+def network_of(checkpoint: Path) -> ImageClassifier:
+    content = read_checkpoint(checkpoint)
+    model = ImageClassifier(**content["hyper_parameters"])
+    model.load_state_dict(content["state_dict"])
+    return model.eval()
+
+
+def noise(n: int = 6) -> torch.Tensor:
+    return torch.randint(256, (n, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("shift", [-1, 0, 1])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_view_is_a_window_of_the_reflected_image_mirrored_or_not(shift: int, mirrored: bool) -> None:
+    images = noise()
+    windows = tvf.pad(images, [1], padding_mode="reflect")[:, :, 1 - shift : 33 - shift, 1 - shift : 33 - shift]
+    assert torch.equal(view(images, mirrored, shift), tvf.hflip(windows) if mirrored else windows)
+
+
+@pytest.mark.parametrize("tta", TTA)
+def test_tta_is_the_softmax_of_the_weighted_mean_of_the_logits(tta: str, trained: Path) -> None:
+    model, images = network_of(trained), noise(20)
+    padded = tvf.pad(images, [1], padding_mode="reflect")
+
+    def logits(some: torch.Tensor) -> torch.Tensor:
+        return model(some) / 2 + model(some.flip(-1)) / 2
+
+    with torch.no_grad():
+        shifted = (logits(padded[:, :, :32, :32]) + logits(padded[:, :, 2:, 2:])) / 2
+        expected = {
+            "none": model(images), "flip": logits(images), "flip_shift": logits(images) / 2 + shifted / 2,
+        }[tta].softmax(1)  # fmt: skip
+        plain = model(images).softmax(1)
+    found = answers_of(model, images, np.zeros(20, int), tta)
+    assert found.tta == tta and sum(weight for weight, _, _ in TTA[tta]) == 1
+    np.testing.assert_allclose(found.probabilities, plain, rtol=1e-4, atol=1e-6)
+    if tta == "none":
+        assert found.with_tta is None
+    else:
+        assert found.with_tta is not None and not np.allclose(found.with_tta.probabilities, plain, atol=1e-3)
+        np.testing.assert_allclose(found.with_tta.probabilities, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_probability_of_zero_is_no_veto_of_a_view(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certain = iter([np.array([[1.0, 0.0]], np.float32), np.array([[0.0, 1.0]], np.float32)])
+    monkeypatch.setattr("cifar_lab.evaluate.probabilities", lambda *_: next(certain))
+    found = answers_of(network_of(trained), noise(1), np.zeros(1, int), "flip").with_tta
+    assert found is not None and found.probabilities.tolist() == [[0.5, 0.5]]
+
+
+# The command, on a run as cifar_lab.train leaves it
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """The folder of a run; its best checkpoint is that of `trained`."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained.parent, folder / "checkpoints", ignore=shutil.ignore_patterns("*.jsonl"))
+    best = {"epoch": 3, "val_acc": 0.5}
+    recipe = network_of(trained).recipe
+    record = best_record(recipe, best, folder / "checkpoints" / "best.ckpt", folder, trial_id="run", command="made")
+    (folder / "best.json").write_text(json.dumps(record))
+    return folder
+
+
+@pytest.fixture
+def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No page and no figures, which take a second, where a test does not look at them."""
+    monkeypatch.setattr("cifar_lab.report.write_report", lambda _: None)
+
+
+def checkpoint_of(run: Path) -> str:
+    return str(run / "checkpoints" / "best.ckpt")
+
+
+def readings(folder: Path) -> list[dict[str, Any]]:
+    place = folder / "test_readings.jsonl"
+    return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+
+
+def best_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "best.json").read_text())
+    return found
+
+
+def test_tta_is_reported_as_such_and_beside_the_plain_figure(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([checkpoint_of(run), "--tta", "flip_shift"]) == 0
+    out, best = " ".join(capsys.readouterr().out.split()), best_of(run)
+    found = evaluate(checkpoint_of(run), tta="flip_shift")
+    assert found.with_tta is not None and best["test_acc"] == found.accuracy != found.with_tta.accuracy
+    low, high = found.with_tta.interval
+    assert best["tta"] == {"name": "flip_shift", "acc": found.with_tta.accuracy, "low": low, "high": high}
+    told = f"With test-time augmentation (flip_shift) {found.with_tta.accuracy:.2%} ({low:.2%} to {high:.2%})."
+    headline = rf"Test accuracy {found.accuracy:.2%} \(.*, one seed\)\. {re.escape(told)}"
+    assert re.search(headline, out) and re.search(headline, (run / "report.html").read_text())
+    said = pd.read_csv(run / "test_predictions.csv")
+    assert accuracy_score(said.label, said.prediction) == best["test_acc"], "the files are without"
+    assert main([checkpoint_of(run)]) == 0
+    assert best_of(run)["tta"] is None and "augmentation" not in capsys.readouterr().out
+
+
+def test_json_is_printed_alone_and_says_what_the_files_say(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [checkpoint_of(run), "--json", "--tta", "flip", "--corruptions", "fog", "--severity", "2"]
+    assert main(words) == 0
+    printed, best = json.loads(capsys.readouterr().out), best_of(run)
+    for name in ("test_acc", "test_n", "test_low", "test_high", "tta", "test_readings", "sha256", "corruptions_acc"):
+        assert printed[name] == best[name]
+    assert (printed["read"], printed["checkpoint"]) == ("test", checkpoint_of(run))
+    per_class = pd.read_csv(run / "per_class.csv", dtype={"class": str})
+    assert printed["per_class"] == per_class.to_dict("records")
+    assert printed["corruptions"] == pd.read_csv(run / "corruptions.csv").to_dict("records")
+
+
+# The log of readings
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "folder"),
+    [("run/checkpoints/a.ckpt", "run"), ("search/checkpoints/T1-s0/a.ckpt", "search"), ("mine/a.ckpt", "mine")],
+)
+def test_the_log_lies_in_the_folder_of_the_run(checkpoint: str, folder: str, tmp_path: Path) -> None:
+    assert run_folder(tmp_path / checkpoint) == (tmp_path / folder).resolve()
+
+
+def test_each_reading_is_logged_whoever_reads(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy = evaluate(checkpoint_of(run)).accuracy
+    monkeypatch.setattr(sys, "orig_argv", ["/bin/python3", "-m", "cifar_lab.evaluate", "a b.ckpt"])
+    assert main([checkpoint_of(run), "--quiet"]) == 0
+    assert main([checkpoint_of(run), "--quiet", "--tta", "flip", "--output", str(tmp_path / "other")]) == 0
+    logged = readings(run)
+    assert [r["tta"] for r in logged] == ["none", "none", "flip"]
+    assert logged[2]["tta_accuracy"] == best_of(tmp_path / "other")["tta"]["acc"] and logged[1]["tta_accuracy"] is None
+    for reading in logged:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", reading["time"])
+        assert reading["sha256"] == sha256(run / reading["checkpoint"])
+        assert (reading["read"], reading["n"], reading["accuracy"]) == ("test", 360, accuracy)
+        assert (reading["corruption"], reading["severity"]) == (None, None)
+    assert logged[1]["command"] == "python -m cifar_lab.evaluate 'a b.ckpt'"
+    assert "The test set was read 2 times for this run" in (run / "report.html").read_text()
+    assert "The test set was read 3 times for this run" in (tmp_path / "other" / "report.html").read_text()
+    assert best_of(run)["test_readings"] == 2 and best_of(tmp_path / "other")["test_readings"] == 3
+
+
+def test_a_run_that_cannot_be_written_is_evaluated_all_the_same_and_it_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, unreported: None
+) -> None:
+    evaluate(checkpoint_of(run))
+    plain = Path.open
+
+    def read_only(self: Path, mode: str = "r", *more: Any, **options: Any) -> Any:
+        if self.parent == run and "r" not in mode:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return plain(self, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", read_only)
+    for count in (1, 2):
+        words = [checkpoint_of(run), "--output", str(tmp_path / "other"), "--corruptions", "fog", "--severity", "1"]
+        assert main(words) == 0
+        printed = capsys.readouterr()
+        said = " ".join(printed.err.split())
+        assert said.startswith("note: the reading of the test set cannot be logged in") and said.count("note:") == 1
+        assert [r["corruption"] for r in readings(tmp_path / "other")] == [None, "fog"] * count
+        assert best_of(tmp_path / "other")["test_readings"] == 1 + 2 * count, "those of the run are counted"
+    assert len(readings(run)) == 1
+    assert evaluate(checkpoint_of(run)).accuracy > 0.5
+    assert "(Read-only file system)" in " ".join(capsys.readouterr().err.split())
+
+
+# Corrupted images
+
+
+def test_corruptions_leave_a_row_each_and_print_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [checkpoint_of(run), "--corruptions", "gaussian_noise", "elastic_transform", "--severity", "5", "1"]
+    assert main(words) == 0
+    out, rows, best = capsys.readouterr().out, pd.read_csv(run / "corruptions.csv"), best_of(run)
+    assert list(rows) == ["corruption", "severity", "n", "correct", "accuracy", "low", "high"]
+    asked = [(name, severity) for name in ("gaussian_noise", "elastic_transform") for severity in (1, 5)]
+    assert list(zip(rows.corruption, rows.severity, strict=True)) == asked
+    model, test = network_of(run / "checkpoints" / "best.ckpt"), data.load(Recipe(dataset="digits"), "test")
+    for row in rows.itertuples():
+        with torch.no_grad():
+            said = model(corrupt(test.images, str(row.corruption), int(str(row.severity)))).argmax(1)
+        assert row.correct == int((said == test.labels).sum()) and row.accuracy == row.correct / row.n
+        assert (row.low, row.high) == pytest.approx(wilson_by_hand(row.correct, row.n), abs=1e-9)
+    assert best["corruptions_acc"] == pytest.approx(rows.accuracy.mean())
+    logged = readings(run)
+    assert [(r["corruption"], r["severity"]) for r in logged] == [(None, None), *asked]
+    assert [r["accuracy"] for r in logged[1:]] == list(rows.accuracy)
+
+    lines = out.splitlines()
+    assert max(map(len, lines[:-1])) <= 80
+    printed = {line.split()[0]: line.split()[1:] for line in lines}
+    first = rows[rows.corruption == "gaussian_noise"].accuracy
+    assert printed["severity"] == ["1", "5", "mean"]
+    assert printed["gaussian_noise"] == [f"{value:.1%}" for value in [*first, first.mean()]]
+    assert printed["mean"][-1] == f"{rows.accuracy.mean():.1%}" and printed["clean"] == [f"{best['test_acc']:.1%}"]
+    assert (run / "figures" / "corruptions.png").exists()
+    assert f"Clean {best['test_acc']:.1%}; corrupted {rows.accuracy.mean():.1%}" in (run / "report.html").read_text()
+
+
+def test_what_was_said_of_corruptions_stays_with_its_checkpoint(run: Path, tmp_path: Path, unreported: None) -> None:
+    assert main([checkpoint_of(run), "--quiet", "--corruptions", "contrast", "--severity", "3"]) == 0
+    assert main([checkpoint_of(run), "--quiet"]) == 0
+    assert "corruptions_acc" in best_of(run) and (run / "corruptions.csv").exists()
+    other = tmp_path / "other"
+    assert main([checkpoint_of(run), "--quiet", "--output", str(other)]) == 0
+    assert "corruptions_acc" not in best_of(other) and not (other / "corruptions.csv").exists()
+
+
+# A folder of one's own
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """Images of the digits 7 and 3 out of the test set, some of them enlarged, one of them a JPEG."""
+    test = data.load(Recipe(dataset="digits"), "test")
+    for label, ending in ((7, "png"), (3, "jpg")):
+        folder = tmp_path / "own" / str(label)
+        folder.mkdir(parents=True)
+        for i in torch.nonzero(test.labels == label)[:4].flatten().tolist():
+            image = Image.fromarray(test.images[i].permute(1, 2, 0).numpy())
+            image.resize((64, 64) if i % 2 else (32, 32)).save(folder / f"{i:03}.{ending}", quality=95)
+    (tmp_path / "own" / "7" / "notes.txt").write_text("no image")
+    return tmp_path / "own"
+
+
+def test_a_folder_of_ones_own_may_lack_classes_and_is_no_reading_of_the_test_set(
+    run: Path, own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("the test set was read"))
+    tested = {"test_acc": 0.9, "test_readings": 3, "corruptions_acc": 0.5}
+    (run / "best.json").write_text(json.dumps({**best_of(run), **tested}))
+    before = (run / "best.json").read_text()
+    assert main([checkpoint_of(run), "--images", str(own), "--tta", "flip"]) == 0
+    out, folder = " ".join(capsys.readouterr().out.split()), run / "images-own"
+    assert (run / "best.json").read_text() == before and readings(run) == readings(folder) == []
+    assert {p.name for p in folder.iterdir()} == {
+        "best.json", "predictions.csv", "per_class.csv", "confusion.csv", "figures", "report.html",
+    }  # fmt: skip
+    said = pd.read_csv(folder / "predictions.csv")
+    assert list(said["file"]) == [str(p) for p in [*sorted((own / "3").iterdir()), *sorted((own / "7").glob("*.png"))]]
+    assert said.label.tolist() == [3] * 4 + [7] * 4
+    best, accuracy = best_of(folder), accuracy_score(said.label, said.prediction)
+    assert accuracy > 0.5, "they are the network's own test images, resized back"
+    assert not [name for name in best if name in tested] and best["recipe"]["dataset"] == "digits"
+    assert (best["images"]["acc"], best["images"]["n"], best["images"]["folder"]) == (accuracy, 8, str(own))
+    classes = pd.read_csv(folder / "per_class.csv", dtype={"class": str})
+    assert classes.n.tolist() == [0, 0, 0, 4, 0, 0, 0, 4, 0, 0] and classes.accuracy.notna().sum() == 2
+    page = (folder / "report.html").read_text()
+    for text in (out, page):
+        assert f"Accuracy {accuracy:.2%}" in text and f"on {own}: not the test set." in text
+        assert "nan%" not in text
+        assert "With test-time augmentation (flip)" in text
+    assert "test images" not in page and "Test accuracy" not in page and "The test set was read" not in page
+    assert "0 no images 1 no images 2 no images 3 " in out
+    assert sha256(run / "checkpoints" / "best.ckpt") == best["sha256"]
+    assert (folder / best["checkpoint"]).resolve() == (run / "checkpoints" / "best.ckpt").resolve()
+
+
+def test_own_images_may_be_corrupted_too(run: Path, own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [checkpoint_of(run), "--images", str(own), "--corruptions", "all", "--severity", "2", "--json"]
+    assert main(words) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert len(printed["corruptions"]) == 14 and {row["n"] for row in printed["corruptions"]} == {8}
+    assert printed["read"] == str(own) and "Corrupted images" in (run / "images-own" / "report.html").read_text()
+    assert readings(run) == []
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        ("unknown", r"images: .* holds the folders apple, which are no classes here. Legal: .* named 0, 1, 2, 3, 4"),
+        ("empty", r"images: .* holds no image in a class's folder. Legal: a folder of folders of images"),
+        ("absent", r"images: .* cannot be read \(No such file or directory\)"),
+        ("damaged", r"is not a readable image"),
+    ],
+)
+def test_a_folder_that_is_none_of_the_checkpoints_is_refused(harm: str, said: str, run: Path, own: Path) -> None:
+    if harm == "unknown":
+        (own / "apple").mkdir()
+    elif harm == "damaged":
+        (own / "7" / "a.png").write_bytes(b"poison")
+    else:
+        shutil.rmtree(own)
+    if harm == "empty":
+        (own / "7").mkdir(parents=True)
+    with pytest.raises(DataError, match=said):
+        main([checkpoint_of(run), "--images", str(own)])
+    assert not (run / "images-own").exists()
+
+
+# What the command refuses
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--tta flp", r"tta: 'flp'; did you mean flip\? Legal: none, flip, flip_shift"),
+        ("--corruptions fogg", r"corruptions: 'fogg'; did you mean fog\? Legal: all, gaussian_noise"),
+        ("--corruptions fog --severity 0", r"severity: 0. Legal: 1, 2, 3, 4, 5"),
+        ("--corruptions fog --severity high", r"severity: 'high'. Legal: 1, 2, 3, 4, 5"),
+        ("--severity 3", r"severity: 3 is that of --corruptions, of which none is given"),
+        ("--images a --data_dir b", r"data_dir: 'b' is where the dataset lies; of --images it says nothing"),
+        ("--imges a", r"--imges: there is no such flag; did you mean --images"),
+    ],
+)
+def test_what_is_impossible_is_refused_before_the_checkpoint_is_opened(words: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        main(["/nowhere/a.ckpt", *words.split()])
+
+
+def test_results_of_something_else_are_never_overwritten(
+    run: Path, own: Path, tmp_path: Path, unreported: None
+) -> None:
+    assert main([checkpoint_of(run), "--quiet"]) == 0
+    (run / "checkpoints" / "sha256.json").unlink()
+    content = torch.load(checkpoint_of(run), weights_only=True)
+    torch.save({**content, "note": "another"}, run / "checkpoints" / "another.ckpt")
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "trials.csv").write_text("trial_id\n")
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    for words in (
+        [checkpoint_of(run), "--images", str(own), "--output", str(run)],
+        [str(run / "checkpoints" / "another.ckpt"), "--output", str(run)],
+        [checkpoint_of(run), "--output", str(tmp_path / "search")],
+    ):
+        with pytest.raises(InputError, match="holds other results, which are not overwritten"):
+            main(words)
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_test_set_is_read(run: Path) -> None:
+    with pytest.raises(InputError, match=r"output: '/proc/nowhere' cannot be written .* Legal: a folder you may write"):
+        main([checkpoint_of(run), "--output", "/proc/nowhere"])
+    assert readings(run) == []

@@ -14,7 +14,8 @@ from torch import nn
 from cifar_lab import gradients, plots, report
 from cifar_lab.files import read_csv
 from cifar_lab.fit import Row, fit, read_checkpoint
-from cifar_lab.gradients import BINS, COLUMNS, EXPONENTS, STEPS, GradientSums, GradientWatch, sampled, verdicts
+from cifar_lab.gradient_table import BINS, COLUMNS, EXPONENTS, verdicts
+from cifar_lab.gradients import STEPS, GradientSums, GradientWatch, sampled
 from cifar_lab.recipe import Recipe
 
 EPOCHS = 3
@@ -284,7 +285,7 @@ def test_the_figure_bears_a_single_epoch_and_only_zeros() -> None:
 def test_the_report_shows_the_gradients(tmp_path: Path) -> None:
     table = table_of(rows("a.weight", [0, 1], "gradient"), rows("a.1", [0, 1]))
     table.to_csv(tmp_path / "gradients.csv", index=False)
-    text = report.gradient_section(tmp_path, "Gradients")
-    assert "<h2>Gradients</h2>" in text and "data:image/png;base64," in text
-    assert "all 32 channels gave nothing in the last epoch: dead. No gradient reached a.weight" in text
+    title, body = report.gradient_section(tmp_path, "Gradients")
+    assert title == "Gradients" and "data:image/png;base64," in body
+    assert "all 32 channels gave nothing in the last epoch: dead. No gradient reached a.weight" in body
     assert (tmp_path / "figures" / "gradients.png").stat().st_size > 1000

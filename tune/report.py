@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import html
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,30 @@ import pandas as pd
 
 from cifar_lab import cli, plots
 from cifar_lab import report as run_report
-from cifar_lab.files import write_atomically
+from cifar_lab.compare import compare
+from cifar_lab.files import read_json, write_atomically
+from cifar_lab.page import Section, facts, note, page, pair, percent, picture, section, table
 from cifar_lab.recipe import InputError
-from cifar_lab.report import note, percent, picture, section, table
+from cifar_lab.report import points
+from tune.importance import FEWEST, importance
 from tune.space import SPACES, LogUniform
+from tune.view import duration
+
+RUNG_COLUMNS = (
+    "rung", "reached", "stopped", "kept", "cutoff_low", "cutoff_high", "best_stopped", "worst_kept",
+)  # fmt: skip
 
 
 def searched(trials: pd.DataFrame) -> list[str]:
     """The searched fields: what stands between trial_id and epochs in trials.csv."""
     columns = list(trials.columns)
     return columns[1 : columns.index("epochs")]
+
+
+def logarithmic(arch: str, fields: Sequence[str]) -> dict[str, bool]:
+    """Whether each searched field of the architecture is drawn uniformly in its logarithm."""
+    space = SPACES[arch].search
+    return {name: isinstance(space.get(name), LogUniform) for name in fields}
 
 
 def edges(recipe: dict[str, Any], fields: Sequence[str]) -> list[str]:
@@ -36,7 +49,7 @@ def edges(recipe: dict[str, Any], fields: Sequence[str]) -> list[str]:
     ]
 
 
-def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) -> str:
+def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) -> Section:
     """Which settings won, against which other finalists, and whether they sit on an edge."""
     finalists = pd.read_csv(folder / "finalists.csv", dtype={"trial_id": str})
     groups = finalists.groupby("trial_id").val_acc
@@ -45,11 +58,10 @@ def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) ->
         for trial, values in sorted(groups, key=lambda group: -group[1].mean())
     ]
     seeds = ", ".join(percent(accuracy, 2) for accuracy in best["test_acc_seeds"])
-    settings = table([(name, str(best["recipe"][name])) for name in fields], ("field", "value")) if fields else ""
     return section(
         f"Winner: {best['trial_id']}",
-        settings,
-        "".join(f"<p><strong>{text}</strong></p>" for text in edges(best["recipe"], fields)),
+        facts({name: str(best["recipe"][name]) for name in fields}),
+        "".join(f'<p class="warning">{html.escape(text)}</p>' for text in edges(best["recipe"], fields)),
         note(
             "The best trials by val_acc were trained anew from scratch with new seeds; the highest mean val_acc wins, "
             f"and only its checkpoints were read on the test set, once each: {seeds}."
@@ -58,32 +70,109 @@ def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) ->
     )
 
 
-def trial_sections(
-    folder: Path, trials: pd.DataFrame, fields: Sequence[str], arch: str, max_epochs: int, winner: str
-) -> list[str]:
-    """What the trials' settings did, and what stopping them saved."""
-    measured = trials[trials.epochs > 0]
-    counts = ", ".join(f"{n} {status}" for status, n in trials.status.value_counts().items())
-    rungs = sorted({int(r) for reason in trials.reason.dropna() for r in re.findall(r"^rung (\d+)", reason)})
+def by_rung(trials: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
+    """A row a rung that stopped a trial, from the reasons in trials.csv and the val_acc after the rung in curves.csv.
+
+    Its columns are RUNG_COLUMNS: rung in epochs; cutoffs of those stopped, since whoever was kept has none on record;
+    best_stopped, worst_kept: val_acc; fractions.
+    """
+    told = trials.reason.str.extract(r"^rung (?P<rung>\d+): below the cutoff (?P<cutoff>[\d.]+)").astype(float)
+    told.index = pd.Index(trials.trial_id)
+    rows = []
+    for rung in sorted(told.rung.dropna().astype(int).unique()):
+        stopped = told[told.rung == rung]
+        there = curves[curves.epoch == rung].set_index("trial_id").val_acc
+        kept = there.drop(stopped.index)
+        rows.append(
+            {
+                "rung": rung, "reached": len(there), "stopped": len(stopped), "kept": len(kept),
+                "cutoff_low": stopped.cutoff.min(), "cutoff_high": stopped.cutoff.max(),
+                "best_stopped": there[stopped.index].max(), "worst_kept": kept.min(),
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows, columns=RUNG_COLUMNS)
+
+
+def stop_section(folder: Path, trials: pd.DataFrame, max_epochs: int) -> Section:
+    """Where ASHA stopped the trials, rung by rung, and what that saved against running all of them."""
+    curves = pd.read_csv(folder / "curves.csv", dtype={"trial_id": str})
+    rungs = by_rung(trials, curves).to_dict("records")
+    rows = [
+        (
+            r["rung"], r["reached"], r["stopped"], r["kept"],
+            " to ".join(dict.fromkeys((percent(r["cutoff_low"]), percent(r["cutoff_high"])))),
+            percent(r["best_stopped"]), percent(r["worst_kept"]) if r["kept"] else "",
+            f"{r['stopped'] * (max_epochs - r['rung']):,}",
+        )
+        for r in rungs
+    ]  # fmt: skip
+    header = ("after epoch", "reached", "stopped", "kept", "cutoffs", "best stopped", "worst kept", "epochs saved")
     trained, full = int(trials.epochs.sum()), len(trials) * max_epochs
-    saved = percent(1 - trained / full, 0)
-    plots.save(plots.stops(trials.epochs.tolist(), rungs, max_epochs), folder / "figures" / "stops.png")
-    sections = [
-        section(
-            "What stopping saved",
-            picture(folder / "figures" / "stops.png", "Trials under way after each epoch; rungs dashed"),
-            note(f"{trained:,} epochs of the {full:,} that running all would take: {saved} saved. {counts}."),
+    begun = trials[trials.epochs > 0]
+    left = (begun.seconds / begun.epochs * (max_epochs - begun.epochs)).sum()
+    counts = ", ".join(f"{n} {status}" for status, n in trials.status.value_counts().items())
+    text = (
+        f"{trained:,} epochs of the {full:,} that running all would take: {percent(1 - trained / full, 0)} saved, "
+        f"about {duration(left)} of training at each trial's own pace. {counts}."
+    )
+    if (folder / "finalists.csv").exists():
+        again = pd.read_csv(folder / "finalists.csv").seconds.sum()
+        text += f" Training the finalists anew took {duration(again)} on top."
+    figure = plots.stops(trials.epochs.tolist(), [r["rung"] for r in rungs], max_epochs)
+    alt = f"Trials under way after each epoch: {trained:,} epochs of {full:,} were trained"
+    caption = "Trials under way after each epoch; what lies between a dashed rung and the end was saved."
+    explained = note(
+        "A rung judges a trial once, after its epoch: below the cutoff it stops. The cutoff is the val_acc that it "
+        "takes to be among the best of those there before it, a third unless reduction_factor says otherwise. It moves "
+        "as trials arrive, and the first has nothing to be below: one that was stopped may lie above one that was kept."
+    )
+    drawn = picture(figure, folder / "figures" / "stops.png", alt, caption)
+    beside = note(text) + (explained if rows else "")
+    return section("What stopping saved", pair(drawn, beside), table(rows, header) if rows else "")
+
+
+def settings_section(
+    folder: Path, trials: pd.DataFrame, fields: Sequence[str], arch: str, winner: str
+) -> list[Section]:
+    """Each field against val_acc, and how much a forest makes of it; nothing where no field was varied."""
+    measured = trials[trials.val_acc.notna()]
+    if not fields or measured.empty:
+        return []
+    figures, stopped = folder / "figures", int((measured.status == "stopped").sum())
+    caution = f"{stopped} were stopped: their val_acc is what they had reached by then. " if stopped else ""
+    slices = picture(
+        plots.slices(measured, fields, winner, logarithmic(arch, fields)), figures / "settings.png",
+        f"val_acc against each of {', '.join(fields)}",
+        f"A point each of {len(measured)}. {caution}The ring is the winner.",
+    )  # fmt: skip
+    found = importance(measured, fields)
+    if found is None:
+        asked = note(f"Which field matters most is not asked of fewer than {FEWEST} of them.")
+    else:
+        ranks = ", ".join(f"{r['field']} {points(r['mean'])}" for r in found.table.to_dict("records"))
+        verdict = (
+            f"On trials held out it is off by {100 * found.error:.1f} points on average, guessing their mean by "
+            f"{100 * found.guess:.1f}."
         )
-    ]
-    if fields and len(measured):
-        space = SPACES[arch].search
-        logarithmic = {name: isinstance(space.get(name), LogUniform) for name in fields}
-        plots.save(plots.slices(measured, fields, winner, logarithmic), folder / "figures" / "settings.png")
-        text = (
-            "A point a trial: green ran all epochs, grey was stopped, vermilion failed or diverged; the ring is the "
-            "winner. The val_acc of a stopped trial is what it had reached by then."
-        )
-        sections.append(section("Settings against val_acc", picture(folder / "figures" / "settings.png", text)))
+        if found.error >= found.guess:
+            verdict += " It has learned nothing: do not read the bars."
+        long = " and how long a trial lived" if stopped else ""
+        asked = (
+            picture(plots.importance(found.table), figures / "importance.png",
+                    f"Importance in points of val_acc: {ranks}",
+                    "Importance of each field, with the standard deviation over folds and shuffles.")
+            + note(
+                "Permutation importance (scikit-learn): a random forest predicts val_acc from the fields; a bar is by "
+                f"how much its error grows when that field is shuffled, five-fold cross-validated. {verdict} "
+                f"n = {found.n} trials: a rough hint. It mixes how good a setting is{long} with what was drawn by "
+                "chance, and fields that only matter together share what they matter."
+            )
+        )  # fmt: skip
+    return [section("Settings against val_acc", pair(slices, asked))]
+
+
+def all_trials_section(trials: pd.DataFrame, fields: Sequence[str]) -> Section:
+    """A row a trial, the best first."""
     ranked = trials.sort_values("val_acc", ascending=False)
     rows = [
         (
@@ -98,32 +187,38 @@ def trial_sections(
         for r in ranked.to_dict("records")
     ]
     header = ("trial", *fields, "epochs", "val_acc", "best epoch", "status", "reason")
-    return [*sections, section("All trials", table(rows, header))]
+    return section("All trials", table(rows, header))
 
 
-def write_report(folder: Path) -> None:
-    """Write the page, and its figures, of a search whose trials.csv and curves.csv lie in the folder."""
-    trials = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str})
+def write_report(folder: Path, other: Path | None = None) -> None:
+    """Write the page, and its figures, of a search whose trials.csv and curves.csv lie in the folder.
+
+    Raises:
+        InputError: the other experiment, to compare with, was tested on other images.
+    """
+    trials = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str, "reason": str})
     fields = searched(trials)
     place = folder / "best.json"
-    best = json.loads(place.read_text()) if place.exists() else None
+    best = read_json(place) if place.exists() else None
     curves = run_report.curve_section(folder, "Every trial over epochs")
     if best is None:
         title, lead = f"{folder.name}: {len(trials)} trials with ASHA", "This search has not come to its end."
-        write_atomically(folder / "report.html", run_report.page(title, lead, [curves]))
+        write_atomically(folder / "report.html", page(title, lead, "", [curves, all_trials_section(trials, fields)]))
         return
     recipe = best["recipe"]
     sections = [
         *run_report.study_section(best),
         winner_section(folder, best, fields),
-        *run_report.class_sections(folder, best),
-        *trial_sections(folder, trials, fields, recipe["arch"], recipe["max_epochs"], best["trial_id"]),
+        *run_report.tested_sections(folder, best, other),
+        stop_section(folder, trials, recipe["max_epochs"]),
+        *settings_section(folder, trials, fields, recipe["arch"], best["trial_id"]),
         curves,
+        all_trials_section(trials, fields),
         run_report.recipe_section(best),
     ]
     title = f"{recipe['arch']} on {recipe['dataset']}: {len(trials)} trials with ASHA"
     lead = run_report.headline(best) + run_report.scale(best)
-    write_atomically(folder / "report.html", run_report.page(title, lead, sections))
+    write_atomically(folder / "report.html", page(title, lead, run_report.context(folder, best), sections))
 
 
 def setting_curves(folder: Path, fields: Sequence[str]) -> pd.DataFrame:
@@ -138,12 +233,29 @@ def setting_curves(folder: Path, fields: Sequence[str]) -> pd.DataFrame:
     return curves.groupby(["trial_id", "epoch"], as_index=False).mean()
 
 
-def write_grid_report(folder: Path) -> None:
-    """Write the page, and its figures, of a grid whose settings.csv and curves.csv lie in the folder."""
+def test_curve_section(folder: Path, tested: pd.DataFrame) -> Section:
+    """Accuracy and loss on the test set after every epoch, where a study asks for them, from test.csv."""
+    parts = [
+        picture(
+            plots.tested(tested, metric), folder / "figures" / f"test_{metric}.png",
+            f"{name} on the test set after every epoch of {tested.setting_id.nunique()} settings",
+        )
+        for metric, name in (("acc", "Accuracy"), ("loss", "Loss"))
+    ]  # fmt: skip
+    text = "Read after all was trained: nothing was chosen by it."
+    return section("On the test set after every epoch", pair(*parts), note(text))
+
+
+def write_grid_report(folder: Path, other: Path | None = None) -> None:
+    """Write the page, and its figures, of a grid whose settings.csv and curves.csv lie in the folder.
+
+    Raises:
+        InputError: the other experiment, to compare with, was tested on other images.
+    """
     made = pd.read_csv(folder / "settings.csv", dtype={"setting_id": str})
     fields = list(made.columns)[1 : list(made.columns).index("folds")]
     place = folder / "best.json"
-    best = json.loads(place.read_text()) if place.exists() else None
+    best = read_json(place) if place.exists() else None
     counts = ", ".join(f"{n} {status}" for status, n in made.status.value_counts().items())
     rows = [
         (
@@ -165,18 +277,17 @@ def write_grid_report(folder: Path) -> None:
     if made.folds.max() <= 1:
         several = "those of the epoch with the best val_acc"
     text = f"All figures are {several}. {counts}."
-    places = [folder / "figures" / f"curves_{metric}.png" for metric in ("acc", "loss")]
-    curves = setting_curves(folder, fields)
-    for metric, figure in zip(("acc", "loss"), places, strict=True):
-        plots.save(plots.curves(curves, metric), figure)
     sections = [
         section("Settings", note(text), table(rows, header)),
-        section("Over epochs", *(picture(p, "Validation bold, training faint in the same color") for p in places)),
+        run_report.curve_section(folder, "Over epochs", setting_curves(folder, fields)),
     ]
+    if (folder / "test.csv").exists() and (tested := pd.read_csv(folder / "test.csv")).epoch.nunique() > 1:
+        sections.append(test_curve_section(folder, tested))
     varied = {r["setting_id"]: ", ".join(f"{name} {r[name]}" for name in fields) for r in made.to_dict("records")}
     for file in sorted((folder / "gradients").glob("*.csv")):
         told = f": {varied[file.stem]}" if varied.get(file.stem) else ""
         sections.append(run_report.gradient_section(folder, f"Gradients of {file.stem}{told}", file))
+    context = ""
     if best is None:
         title, lead = folder.name, f"No setting has won yet: {counts}."
     else:
@@ -192,28 +303,41 @@ def write_grid_report(folder: Path) -> None:
         if "test_acc" in best:
             lead += " " + run_report.headline(best)
         lead += run_report.scale(best)
+        context = run_report.context(folder, best)
+        varied_settings = made.rename(columns={"setting_id": "trial_id"})
         sections = [
             *run_report.study_section(best),
             *sections,
-            *run_report.class_sections(folder, best),
+            *settings_section(folder, varied_settings, fields, recipe["arch"], best["trial_id"]),
+            *run_report.tested_sections(folder, best, other),
             run_report.recipe_section(best),
         ]
-    write_atomically(folder / "report.html", run_report.page(title, lead, sections))
+    write_atomically(folder / "report.html", page(title, lead, context, sections))
 
 
 def main(argv: Sequence[str]) -> int:
-    """The command: write a search's or a grid's page again."""
+    """The command: write a search's, a grid's or a training's page again."""
     parser = cli.Parser(
-        prog="python -m tune.report", description="Write a search's report.html again.", allow_abbrev=False
+        prog="python -m tune.report", description="Write report.html of what was run again.", allow_abbrev=False
     )
-    parser.add_argument("folder", help="what a search left: trials.csv, curves.csv, best.json, ...")
-    folder = Path(parser.parse_args(list(argv)).folder)
+    parser.add_argument("folder", help="what a search, a grid, a study or a training left: curves.csv, best.json, ...")
+    parser.add_argument(
+        "--compare", metavar="OTHER", help="the folder of another experiment, tested on the same images"
+    )
+    asked = parser.parse_args(list(argv))
+    folder, other = Path(asked.folder), Path(asked.compare) if asked.compare else None
+    if other is not None:
+        compare(folder, other)
     if (folder / "settings.csv").exists() and (folder / "curves.csv").exists():
-        write_grid_report(folder)
+        write_grid_report(folder, other)
     elif (folder / "trials.csv").exists() and (folder / "curves.csv").exists():
-        write_report(folder)
+        write_report(folder, other)
+    elif (folder / "best.json").exists():
+        run_report.write_report(folder, other)
     else:
-        raise InputError(f"{folder}: no search lies there; curves.csv and trials.csv or settings.csv are needed.")
+        raise InputError(
+            f"{folder}: nothing that was run lies there; best.json is needed, or curves.csv and trials.csv."
+        )
     print(os.path.relpath(folder / "report.html"))
     return cli.DONE
 
