@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_lab import augment, optim
-from cifar_lab.data import epoch_seed
+from cifar_lab.data import epoch_seed, normalise
 from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.recipe import Recipe
@@ -75,9 +75,7 @@ class ImageClassifier(pl.LightningModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Images (N, 3, 32, 32), uint8 or float in 0..1, as the network wants them."""
-        if not images.is_floating_point():
-            images = images.float() / 255
-        images = (images - self.mean) / self.std
+        images = normalise(images, self.mean, self.std)
         return images.contiguous(memory_format=self.memory_format)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -125,9 +123,7 @@ class ImageClassifier(pl.LightningModule):
 
     def on_before_optimizer_step(self, *_: Any) -> None:
         if self.recipe.agc:
-            layers = [list(layer.parameters(recurse=False)) for layer in self.network.modules()]
-            *body, _last = filter(None, layers)
-            optim.clip_adaptively((p for own in body for p in own), self.recipe.agc)
+            optim.clip_adaptively(self.clipped, self.recipe.agc)
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.averaged is not None:
@@ -177,5 +173,7 @@ class ImageClassifier(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         made = optim.optimizer(self.recipe, self.network.parameters())
+        *body, _last = filter(None, (list(layer.parameters(recurse=False)) for layer in self.network.modules()))
+        self.clipped = [parameter for own in body for parameter in own]
         steps = len(self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
         return [made], optim.schedulers(self.recipe, made, steps)

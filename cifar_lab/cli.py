@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -12,13 +13,15 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
+from cifar_lab import progress
+from cifar_lab.files import read_json
 from cifar_lab.recipe import InputError, nearest, recipe_class
 
 Given = dict[str, Any]
@@ -30,6 +33,12 @@ class Parser(ArgumentParser):
 
     options: tuple[type, ...] = ()
     switches: tuple[str, ...] = ()
+
+    def parse_args(self, *args: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        """Parse as jsonargparse does; --quiet and --json hold for the bars too."""
+        parsed = super().parse_args(*args, **options)
+        progress.quiet = bool(parsed.get("quiet") or parsed.get("json"))
+        return parsed
 
     def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
         """Turn jsonargparse's message into an InputError."""
@@ -105,6 +114,13 @@ def parse(
     return given, own
 
 
+def switched(switches: Iterable[str], own: Given) -> dict[str, bool]:
+    """The switches, taken out of `own`, each on or off; --json is quiet too."""
+    on = {name: bool(own.pop(name, False)) for name in switches}
+    on["quiet"] |= on["json"]
+    return on
+
+
 def _arch_of(argv: Sequence[str], default: str) -> str:
     """The architecture that the words or their YAML files name: it decides which other flags exist."""
     chosen = default
@@ -173,15 +189,33 @@ def resume_line(asked: str) -> str:
     return f"{own}{asked.removeprefix('python')} --resume"
 
 
-def make_folder(folder: Path, results_dir: str) -> None:
-    """Make a folder below results_dir, and see that it can be written."""
+def answer(folder: Path, status: Mapping[str, int], resume: str | None) -> dict[str, Any]:
+    """What --json prints of a run: its best.json, if there is one, and how it stands.
+
+    Args:
+        folder: the run's.
+        status: how many of its trials are completed, stopped, diverged, failed, pending.
+        resume: the command that goes on with it; None where there is nothing to go on with.
+    """
+    best = folder / "best.json"
+    found = read_json(best) if best.exists() else {}
+    return {**found, "folder": str(folder.absolute()), "status": dict(status), "resume": resume}
+
+
+def as_json(content: Any) -> str:
+    """The text of JSON, as it is printed."""
+    return json.dumps(content, indent=1)
+
+
+def make_folder(folder: Path, given: str, flag: str = "results_dir") -> None:
+    """Make a folder, given by a flag or below what that gave, and see that it can be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x")
     except OSError as error:
         raise InputError(
-            f"results_dir: {results_dir!r} cannot be written ({error.strerror}). Legal: a folder you may write to."
+            f"{flag}: {given!r} cannot be written ({error.strerror}). Legal: a folder you may write to."
         ) from error
 
 

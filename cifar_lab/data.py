@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,15 +20,20 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from filelock import FileLock
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from cifar_lab import progress
 from cifar_lab.augment import Augmentation
 from cifar_lab.files import cache_folder
 from cifar_lab.recipe import InputError, Recipe
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 SIDE = 32
+ENDINGS = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+READING = b"2"  # another number wherever images are decoded otherwise than before: older caches are then left alone
 Part = Literal["train", "test"]
+Decoded = tuple[np.ndarray, np.ndarray, tuple[str, ...]]  # images (N, 3, 32, 32) uint8, labels (N,) int64, classes
 
 
 class DataError(InputError):
@@ -53,7 +62,16 @@ def load(recipe: Recipe, part: Part) -> ImageSet:
     Raises:
         DataError: absent or unreadable images; the message names the ways out.
     """
-    digest = hashlib.sha256()
+    return opened(decoded(recipe, part))
+
+
+def decoded(recipe: Recipe, part: Part) -> Path:
+    """The folder in the cache with a part of the recipe's dataset, decoded if it was not yet.
+
+    Raises:
+        DataError: absent or unreadable images.
+    """
+    digest = hashlib.sha256(READING)
     try:
         files, decode = _source(recipe, part)
         for file in files:
@@ -64,6 +82,27 @@ def load(recipe: Recipe, part: Part) -> ImageSet:
     folder = cache_folder() / f"{recipe.dataset}-{part}-{digest.hexdigest()[:16]}"
     if not folder.exists():
         _decode_into(folder, decode)
+    return folder
+
+
+def received(name: str, fetch: Callable[[], Decoded]) -> ImageSet:
+    """A set that another machine decoded, and has in its cache under this name; fetched once, then in this cache.
+
+    Raises:
+        DataError: the cache cannot be written or read.
+    """
+    folder = cache_folder() / name
+    if not folder.exists():
+        _decode_into(folder, fetch)
+    return opened(folder)
+
+
+def opened(folder: Path) -> ImageSet:
+    """The decoded images in a folder of the cache.
+
+    Raises:
+        DataError: they are unreadable.
+    """
     try:
         arrays = [
             torch.from_numpy(np.load(folder / f"{name}.npy", mmap_mode="c")) for name in ("images", "labels", "moments")
@@ -75,7 +114,7 @@ def load(recipe: Recipe, part: Part) -> ImageSet:
     return ImageSet(images, labels, moments, classes)
 
 
-def _decode_into(folder: Path, decode: Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]) -> None:
+def _decode_into(folder: Path, decode: Callable[[], Decoded]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{folder}.lock"):
@@ -103,9 +142,7 @@ def _decode_into(folder: Path, decode: Callable[[], tuple[np.ndarray, np.ndarray
         ) from error
 
 
-def _source(
-    recipe: Recipe, part: Part
-) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+def _source(recipe: Recipe, part: Part) -> tuple[list[Path], Callable[[], Decoded]]:
     """The files that a part consists of, and what decodes them."""
     if recipe.dataset == "digits":
         return [], lambda: _digits(part)
@@ -128,7 +165,7 @@ def _source(
     return _archive(root, download=not place, part=part, ways=ways, flag=flag)
 
 
-def _digits(part: Part) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+def _digits(part: Part) -> Decoded:
     """scikit-learn's 1,797 scans, 8x8 in 0..16, as 32x32 RGB; 360 of them, stratified, are the test set."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -142,9 +179,8 @@ def _digits(part: Part) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     return images, labels[chosen].astype(np.int64), tuple("0123456789")
 
 
-def _tree(dataset: str, root: Path) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+def _tree(dataset: str, root: Path) -> tuple[list[Path], Callable[[], Decoded]]:
     """A folder a class, as `torchvision.datasets.ImageFolder` reads it."""
-    endings = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"}
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if dataset == "cifar10" and tuple(classes) != CIFAR10_CLASSES:
         raise DataError(
@@ -155,38 +191,107 @@ def _tree(dataset: str, root: Path) -> tuple[list[Path], Callable[[], tuple[np.n
         raise DataError(f"{root} holds {len(classes)} folders; a class is a folder, and at least 2 are needed.")
     files, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).iterdir() if p.suffix.lower() in endings)
+        found = images_in(root / name)
         if not found:
-            raise DataError(f"{root / name} holds no image ({', '.join(sorted(endings))}).")
+            raise DataError(f"{root / name} holds no image ({', '.join(ENDINGS)}).")
         files += found
         labels += [label] * len(found)
 
-    def decode() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-        from PIL import Image, ImageFile
-        from torchvision.datasets.folder import default_loader
-
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-        images = np.empty((len(files), 3, SIDE, SIDE), np.uint8)
-        for i, file in enumerate(files):
-            try:
-                image = default_loader(str(file))
-            except (OSError, SyntaxError, ValueError) as error:
-                raise DataError(f"{file} is not a readable image ({error}). Mend or remove it.") from error
-            if image.size != (SIDE, SIDE):
-                if dataset == "cifar10":
-                    raise DataError(
-                        f"{file} is {image.size[0]}x{image.size[1]}, cifar10's images are 32x32. Take --dataset folder."
-                    )
-                image = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)
-            images[i] = np.asarray(image).transpose(2, 0, 1)
-        return images, np.array(labels, np.int64), tuple(classes)
+    def decode() -> Decoded:
+        return _images(root, files, resize=dataset != "cifar10"), np.array(labels, np.int64), tuple(classes)
 
     return files, decode
 
 
+def read_folder(root: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor, Tensor]:
+    """The files of a folder of one's own, root/CLASS/*.png, their images (N, 3, 32, 32) uint8 and labels (N,) int64.
+
+    The labels count the `classes` in their order; a class may be left out.
+
+    Raises:
+        DataError: no such folder, no image in it, one that is unreadable, or a class that is none of `classes`.
+    """
+    legal = f"Legal: a folder of folders of images, named {', '.join(classes)}, or some of them."
+    try:
+        found = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+        if unknown := [name for name in found if name not in classes]:
+            raise DataError(
+                f"images: {str(root)!r} holds the folders {', '.join(unknown)}, which are no classes here. {legal}"
+            )
+        labeled = [(file, classes.index(name)) for name in found for file in images_in(root / name)]
+    except OSError as error:
+        raise DataError(f"images: {str(root)!r} cannot be read ({error.strerror}). {legal}") from error
+    if not labeled:
+        raise DataError(f"images: {str(root)!r} holds no image in a class's folder. {legal}")
+    files = [file for file, _ in labeled]
+    return files, torch.from_numpy(_images(root, files, resize=True)), torch.tensor([label for _, label in labeled])
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder, known by their endings, sorted; not those in folders below it."""
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in ENDINGS)
+
+
+def _images(root: Path, files: Sequence[Path], *, resize: bool) -> np.ndarray:
+    """Image files below root as (N, 3, 32, 32) uint8; another size is refused, or resized."""
+    images = np.empty((len(files), 3, SIDE, SIDE), np.uint8)
+    with progress.Bar(f"decoding {root.name}", len(files)) as bar:
+        for i, file in enumerate(files):
+            bar.reached(i)
+            images[i] = _pixels(file, resize)
+    return images
+
+
+def _pixels(file: Path, resize: bool) -> np.ndarray:
+    """An image, (3, 32, 32) uint8."""
+    try:
+        image = read_image(file)
+    except DataError as error:
+        raise DataError(f"{error} Mend or remove it.") from error
+    if not resize and image.size != (SIDE, SIDE):
+        raise DataError(
+            f"{file} is {image.size[0]}x{image.size[1]}, cifar10's images are 32x32. Take --dataset folder."
+        )
+    return resized(image)
+
+
+def read_image(file: Path) -> Image.Image:
+    """An image file in RGB, its first frame: upright as its EXIF says, on white where it is transparent, 16 bits as 8.
+
+    Raises:
+        DataError: it is absent, unreadable, cut off, or so large (Pillow's limit) that it may be a decompression bomb.
+    """
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    Image.init()
+    try:
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise ValueError("it is neither a file nor a folder with images")
+        # What is merely odd about a file is not worth a warning; what cannot be decoded raises.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # An EPS is a program, which Pillow has Ghostscript run, whatever the file's ending.
+            with Image.open(file, formats=[name for name in Image.OPEN if name != "EPS"]) as stored:
+                image = ImageOps.exif_transpose(stored)
+                if image.mode.startswith("I"):  # Pillow itself would clip 16 bits at 255
+                    image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+                if image.mode == "F":
+                    raise ValueError("its pixels are floating-point numbers, of which none is known to be white")
+                if image.has_transparency_data:
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+                return image.convert("RGB")
+    except Exception as error:  # a damaged file can raise anything
+        reason = "no known format" if isinstance(error, UnidentifiedImageError) else getattr(error, "strerror", None)
+        raise DataError(f"{file} is not a readable image ({reason or error or type(error).__name__}).") from error
+
+
+def resized(image: Image.Image) -> np.ndarray:
+    """An RGB image as (3, 32, 32) uint8: resized bilinearly; one that is not square is squeezed, not cropped."""
+    return np.array(image.resize((SIDE, SIDE), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+
+
 def _archive(
     root: Path, *, download: bool, part: Part, ways: str, flag: str
-) -> tuple[list[Path], Callable[[], tuple[np.ndarray, np.ndarray, tuple[str, ...]]]]:
+) -> tuple[list[Path], Callable[[], Decoded]]:
     """torchvision's CIFAR-10: an archive, or what it unpacks to, MD5-checked."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import check_integrity, extract_archive
@@ -195,11 +300,13 @@ def _archive(
     if not download and not archive.exists() and not unpacked.is_dir():
         raise DataError(f"{flag}: {str(root)!r} holds neither {CIFAR10.filename} nor a folder {part!r}. {ways}")
 
-    def decode() -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    def decode() -> Decoded:
         try:
             if download:
                 root.mkdir(parents=True, exist_ok=True)
-                with FileLock(root / "lock"):  # the other part may be wanted at the same time
+                # torchvision draws a bar of its own; the other part may be wanted at the same time.
+                silence = contextlib.nullcontext() if progress.shown() else contextlib.redirect_stderr(io.StringIO())
+                with FileLock(root / "lock"), silence:
                     whole = CIFAR10(str(root), train=part == "train", download=True)
             elif unpacked.is_dir():
                 whole = CIFAR10(str(root), train=part == "train")
@@ -230,6 +337,9 @@ def split(labels: Tensor, recipe: Recipe) -> tuple[Tensor, Tensor]:
 
     classes = labels.numpy()
     everything, fraction, seed = np.arange(len(classes)), recipe.val_fraction, recipe.split_seed
+    if not recipe.validated:
+        everything = _limited(everything, classes, recipe.limit_train, seed, "the training set")
+        return torch.from_numpy(everything), torch.empty(0, dtype=torch.int64)
     if recipe.folds is not None:
         chosen = _limited(everything, classes, recipe.limit_train, seed, "the training set")
         if (fewest := int(np.bincount(classes[chosen]).min())) < recipe.folds:
@@ -278,6 +388,13 @@ def statistics(moments: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
     # A channel that never varies is left unscaled rather than divided by zero.
     std = torch.where(std > 0, std, 255.0)
     return (mean / 255).float(), (std / 255).float()
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Images (N, 3, 32, 32), uint8 or float in 0..1, less `mean`, over `std`, both (3, 1, 1)."""
+    if not images.is_floating_point():
+        images = images.float() / 255
+    return (images - mean) / std
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -332,12 +449,16 @@ class CIFAR10DataModule(pl.LightningDataModule):
     """The recipe's images: the 90:10 split, the statistics of its training part, and its batches.
 
     On a GPU the whole training set moves there once. The test set is not here: it belongs to `evaluate`.
+
+    Args:
+        recipe: which images, split and augmented how.
+        images: the whole training set, where it is at hand already.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, images: ImageSet | None = None) -> None:
         super().__init__()
         self.recipe = recipe
-        self.set = load(recipe, "train")
+        self.set = load(recipe, "train") if images is None else images
         self.train_indices, self.val_indices = split(self.set.labels, recipe)
         self.mean, self.std = statistics(self.set.moments[self.train_indices], recipe.normalize)
 
@@ -345,6 +466,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
     def classes(self) -> tuple[str, ...]:
         """The class names, in the order of the labels."""
         return self.set.classes
+
+    def sample(self) -> Tensor:
+        """Some training images, (n, 3, 32, 32) float, normalised: what a network may see before it starts."""
+        n = len(self.train_indices)
+        chosen = self.train_indices[torch.linspace(0, n - 1, min(n, SAMPLE)).long()]
+        return normalise(self.set.images[chosen], self.mean[:, None, None], self.std[:, None, None])
 
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
@@ -371,3 +498,4 @@ class CIFAR10DataModule(pl.LightningDataModule):
 
 
 EVALUATION_BATCH = 500
+SAMPLE = 512

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -11,17 +12,35 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+# Beside best.ckpt, in a folder of checkpoints: of the last epoch, of the one before, and the digests of all.
+LAST, PREVIOUS, DIGESTS = "last.ckpt", "previous.ckpt", "sha256.json"
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text aside, then rename it."""
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a text, or bytes, aside, then rename it."""
     aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def unwritable(error: BaseException | None) -> bool:
+    """Whether an error is one that everybody meets who writes there: a disk or a quota is full, or turned read-only."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, indented, atomically."""
     write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that `write_json` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:

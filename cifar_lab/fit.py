@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
+import signal
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,10 +16,11 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, Checkpoint, EarlyStopping
 
-from cifar_lab import machine
+from cifar_lab import machine, progress
+from cifar_lab.bars import StepBar
 from cifar_lab.classifier import ImageClassifier
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.files import sha256, write_json
+from cifar_lab.files import DIGESTS, LAST, PREVIOUS, read_json, sha256, write_json
 from cifar_lab.layers import Network, WeightsError
 from cifar_lab.models import build
 from cifar_lab.recipe import InputError, Recipe
@@ -27,7 +28,6 @@ from cifar_lab.recipe import InputError, Recipe
 Row = dict[str, float]
 Record = dict[str, Any]
 CURVE_COLUMNS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds")
-LAST, PREVIOUS, DIGESTS = "last.ckpt", "previous.ckpt", "sha256.json"
 TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -57,12 +57,15 @@ class Run:
 
 def finite(row: Row) -> bool:
     """Whether the losses of an epoch are numbers; a diverged training can show a finite val_acc."""
-    return math.isfinite(row["train_loss"]) and math.isfinite(row["val_loss"])
+    return all(math.isfinite(row[name]) for name in ("train_loss", "val_loss") if name in row)
 
 
 def best_row(history: Sequence[Row]) -> Row:
-    """The row of the first epoch with the highest val_acc; diverged epochs count only where there is no other."""
-    return max([row for row in history if finite(row)] or history, key=lambda row: row["val_acc"])
+    """The row of the first epoch with the highest val_acc, of the last one where nothing was validated.
+
+    Diverged epochs count only where there is no other.
+    """
+    return max([row for row in history if finite(row)] or history, key=lambda row: row.get("val_acc", row["epoch"]))
 
 
 class Recorder(Checkpoint):
@@ -87,7 +90,7 @@ class Recorder(Checkpoint):
         assert isinstance(pl_module, ImageClassifier)
         measured = {**pl_module.metrics, "lr": self.lr, "seconds": time.perf_counter() - self.start}
         row: Row = {"epoch": trainer.current_epoch + 1, **measured}
-        row = {name: row[name] for name in CURVE_COLUMNS}
+        row = {name: row[name] for name in CURVE_COLUMNS if name in row}
         history = self.run.history
         history.append(row)
         self.run.diverged = not finite(row)
@@ -110,7 +113,11 @@ def save_atomically(trainer: pl.Trainer, path: Path, *, weights_only: bool, keep
     """
     # A process of its own each: a killed search's worker may still be writing when a resumed one begins.
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    trainer.save_checkpoint(aside, weights_only=weights_only)
+    try:
+        trainer.save_checkpoint(aside, weights_only=weights_only)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     note = path.with_name(DIGESTS)
     known = digests(path.parent)
     write_json(note, {**known, path.name: [sha256(aside), *known.get(path.name, [])][:3]})
@@ -122,16 +129,15 @@ def save_atomically(trainer: pl.Trainer, path: Path, *, weights_only: bool, keep
 def digests(folder: Path) -> dict[str, list[str]]:
     """The digests noted for the checkpoints in a folder, by name, the newest first; none where there is no note."""
     try:
-        known: dict[str, list[str]] = json.loads((folder / DIGESTS).read_text())
-        return known
+        return read_json(folder / DIGESTS)
     except (OSError, ValueError):
         return {}
 
 
 def discard_state(folder: Path) -> None:
-    """Remove what only a resume needs."""
-    for name in (LAST, PREVIOUS):
-        (folder / name).unlink(missing_ok=True)
+    """Remove what only a resume needs, with what was begun and never whole."""
+    for place in (folder / LAST, folder / PREVIOUS, *folder.glob(".*.part")):
+        place.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -149,9 +155,41 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint.") from None
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is no checkpoint of cifar_lab, or it is damaged ({reason[:120]}).") from error
+        raise _refused(path, error) from error
     return dict(content)
+
+
+def _refused(path: Path, error: Exception) -> CheckpointError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CheckpointError(f"{path} is no checkpoint of cifar_lab, or it is damaged ({reason[:120]}).")
+
+
+def restore(path: Path) -> ImageClassifier:
+    """The classifier that a checkpoint holds, in evaluation mode.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`, or its weights are not those of its recipe.
+    """
+    content = read_checkpoint(path)
+    try:
+        model = ImageClassifier(**content["hyper_parameters"])
+        model.load_state_dict(content["state_dict"])
+    except Exception as error:
+        raise _refused(path, error) from error
+    return model.eval()
+
+
+def identity(model: ImageClassifier, checkpoint: Path) -> Record:
+    """What answers when a checkpoint is used: its file, what it was trained as, and the versions that run it now."""
+    return {
+        "checkpoint": str(checkpoint),
+        "sha256": sha256(checkpoint),
+        "arch": model.recipe.arch,
+        "dataset": model.recipe.dataset,
+        "classes": list(model.classes),
+        "recipe": model.recipe.to_dict(),
+        "versions": machine.versions(),
+    }
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -170,7 +208,7 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
         try:
             return folder / PREVIOUS, read_checkpoint(folder / PREVIOUS)
         except CheckpointError:
-            raise damaged from None
+            raise CheckpointError(f"{damaged} To begin that training anew, remove {folder}.") from damaged
 
 
 def recorded(content: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -205,13 +243,14 @@ def quiet_lightning() -> None:
 def trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:
     """A Trainer on this process's device, in the recipe's precision, that writes nothing of its own."""
     quiet_lightning()
+    machine.reuse_memory()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
     return pl.Trainer(
         accelerator=machine.device().type,
         devices=1,
         precision=TRAINER_PRECISION[recipe.precision],
-        callbacks=callbacks,
+        callbacks=[*callbacks, StepBar()] if progress.shown() else callbacks,
         logger=False,
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
@@ -230,18 +269,18 @@ def prepare(recipe: Recipe) -> CIFAR10DataModule:
         InputError: the images, or the weights that the architecture starts from, are absent or unreadable.
     """
     data = CIFAR10DataModule(recipe)
-    begin(build(recipe, len(data.classes)))
+    begin(build(recipe, len(data.classes)), data)
     return data
 
 
-def begin(network: Network) -> None:
+def begin(network: Network, data: CIFAR10DataModule) -> None:
     """Give a network the weights it starts from, where that is more than chance.
 
     Raises:
         InputError: they are absent or unreadable.
     """
     try:
-        network.start()
+        network.start(data.sample())
     except WeightsError as error:
         raise InputError(str(error)) from error
 
@@ -253,6 +292,7 @@ def fit(
     resume: bool = False,
     on_epoch: Callable[[Row], None] | None = None,
     callbacks: Sequence[Callback] = (),
+    data: CIFAR10DataModule | None = None,
 ) -> Run:
     """Train the recipe, leaving `best.ckpt` (weights) and `last.ckpt` (all that a resume needs) in `folder`.
 
@@ -267,12 +307,14 @@ def fit(
         on_epoch: called after each epoch's checkpoints are written, with the epoch's row: CURVE_COLUMNS. A resumed run
             first calls it with the checkpoint's own epoch, which whoever was interrupted may not have heard of.
         callbacks: observers of the training, called before the epoch's checkpoints are written.
+        data: the recipe's images, where they are at hand already.
 
     A training whose train or validation loss is no longer a number ends with that epoch and is marked `diverged`.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or of another recipe.
         DataError: the images are absent or unreadable.
+        KeyboardInterrupt: Ctrl-C; what was reached is kept.
     """
     folder = Path(folder)
     run = Run(recipe, folder)
@@ -295,19 +337,31 @@ def fit(
     else:
         run.recipe = machine.resolve_precision(recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    data = CIFAR10DataModule(run.recipe)
+    data = data or CIFAR10DataModule(run.recipe)
     torch.manual_seed(recipe.seed)
     model = ImageClassifier(run.recipe.to_dict(), data.classes, data.mean.tolist(), data.std.tolist())
     if ckpt_path is None:
-        begin(model.network)
+        begin(model.network, data)
     chosen = list(callbacks)
     if recipe.early_stop_patience is not None:
         chosen.append(EarlyStopping("val_acc", mode="max", patience=recipe.early_stop_patience))
     chosen.append(Recorder(run, on_epoch))
-    made = trainer(run.recipe, folder, chosen, max_epochs=recipe.max_epochs, log_every_n_steps=10**9)
-    made.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    if made.interrupted:
-        raise KeyboardInterrupt
+    made = trainer(
+        run.recipe,
+        folder,
+        chosen,
+        max_epochs=recipe.max_epochs,
+        limit_val_batches=None if recipe.validated else 0,
+        log_every_n_steps=10**9,
+    )
+    interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        made.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit:  # what Lightning makes of Ctrl-C, of which it lets no second one through
+        if not made.interrupted:
+            raise
+        signal.signal(signal.SIGINT, interrupt)
+        raise KeyboardInterrupt from None
     return run
 
 
@@ -339,13 +393,13 @@ def best_record(
 ) -> Record:
     """What best.json, in `folder`, says of a checkpoint before it is tested: what it is and how it came to be.
 
-    `best` is the row of its epoch, of which epoch and val_acc are taken. Folds leave no checkpoint.
+    `best` is the row of its epoch, of which epoch and val_acc, if any, are taken. Folds leave no checkpoint.
     """
     return {
         "recipe": recipe.to_dict(),
         "trial_id": trial_id,
         "epoch": int(best["epoch"]),
-        "val_acc": best["val_acc"],
+        "val_acc": best.get("val_acc"),
         "checkpoint": None if checkpoint is None else os.path.relpath(checkpoint, folder),
         "sha256": None if checkpoint is None else sha256(checkpoint),
         "seed": recipe.seed,

@@ -15,6 +15,8 @@ SWITCHES = {
     "resume": "go on after the last epoch of the training --name",
     "gradients": "keep histograms of the gradients, gradients.csv, and look for dead ReLUs",
     "quiet": "print nothing but errors and the last line",
+    "json": "print nothing but errors and, at the end, JSON: best.json with the folder, the status, and the command "
+    "that goes on, or null",
 }
 
 
@@ -38,24 +40,30 @@ class TrainOptions:
 def main(argv: Sequence[str]) -> int:
     """The command: train, leaving curves.csv, best.json, report.html and the checkpoints; returns the exit status."""
     given, own = cli.parse("python -m cifar_lab.train", __doc__ or "", argv, options=TrainOptions, switches=SWITCHES)
-    resume, quiet, watch = (bool(own.pop(switch, False)) for switch in ("resume", "quiet", "gradients"))
+    on = cli.switched(SWITCHES, own)
     options, recipe = TrainOptions(**own), Recipe(**given)
-    name = cli.settled_name(options.name, given, what="training", resume=resume)
+    name = cli.settled_name(options.name, given, what="training", resume=on["resume"])
     folder = Path(options.results_dir) / name
     checkpoints = folder / "checkpoints"
-    if resume:
+    if on["resume"]:
         if not checkpoints.is_dir():
             raise InputError(f"name: there is no training {name!r} to resume in {options.results_dir}.")
     else:
         cli.check_new(folder)
     # Lightning takes seconds to import: not before the recipe is known to be a legal one.
+    from cifar_lab import machine
+    from cifar_lab.board import Board
     from cifar_lab.files import write_csv, write_json
     from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, newest, prepare, recorded
     from cifar_lab.gradients import GradientWatch
     from cifar_lab.report import headline, write_report
 
+    def ended(status: str, text: str, resume: str | None = None) -> None:
+        """Print the end: the text, or JSON."""
+        print(cli.as_json(cli.answer(folder, {status: 1}, resume)) if on["json"] else text)
+
     rows: list[Row] = []
-    found = newest(checkpoints) if resume else None
+    found = newest(checkpoints) if on["resume"] else None
     if found is not None:
         last, saved = found
         # What was not given again is as it was; the last row comes again, from fit.
@@ -63,47 +71,57 @@ def main(argv: Sequence[str]) -> int:
         state = recorded(saved, last)
         rows = list(state["history"][:-1])
         if state["finished"] and (folder / "best.json").exists():
-            print("This training is finished; nothing was changed.")
+            ended("completed", "This training is finished; nothing was changed.")
             return cli.DONE
-    prepare(recipe)
+    data = prepare(recipe)
     cli.make_folder(checkpoints, options.results_dir)
+    if found is None:
+        recipe = machine.resolve_precision(recipe)
     words = [*argv, *([] if options.name else ["--name", name])]
     command = cli.command("cifar_lab.train", words)
+    again = cli.resume_line(command)
+    board = Board(folder / "tensorboard", recipe, name)
 
     def on_epoch(row: Row) -> None:
         rows.append(row)
         write_csv(folder / "curves.csv", ("trial_id", *CURVE_COLUMNS), [{"trial_id": name, **row} for row in rows])
-        if not quiet:
+        board.add(row)
+        if not on["quiet"]:
+            reached = ""
+            if recipe.validated:
+                reached = f"val_acc {row['val_acc']:.4f}  best {max(r['val_acc'] for r in rows):.4f}  "
             print(
                 f"epoch {row['epoch']:.0f}/{recipe.max_epochs}  train_loss {row['train_loss']:.4f}  "
-                f"val_acc {row['val_acc']:.4f}  best {max(r['val_acc'] for r in rows):.4f}  {row['seconds']:.1f} s",
+                f"{reached}{row['seconds']:.1f} s",
                 flush=True,
             )
 
     try:
-        watches = [GradientWatch(folder / "gradients.csv")] if watch else []
-        run = fit(recipe, checkpoints, resume=resume, on_epoch=on_epoch, callbacks=watches)
+        watches = [GradientWatch(folder / "gradients.csv")] if on["gradients"] else []
+        run = fit(recipe, checkpoints, resume=on["resume"], on_epoch=on_epoch, callbacks=watches, data=data)
     except KeyboardInterrupt:
-        print(f"Interrupted; what was reached is kept. To go on:\n{cli.resume_line(command)}")
+        ended("pending", f"Interrupted; what was reached is kept. To go on:\n{again}", again)
         return cli.FAILED
     except OSError as error:
         print(cli.paragraph(f"error: {error}. What was reached is kept. To go on:"), file=sys.stderr)
-        print(cli.resume_line(command))
+        ended("pending", again, again)
         return cli.FAILED
     if run.diverged:
         row = run.history[-1]
+        losses = ", ".join(f"{name} {row[name]:.4g}" for name in ("train_loss", "val_loss") if name in row)
         print(
             cli.paragraph(
-                f"error: diverged in epoch {row['epoch']:.0f}: train_loss {row['train_loss']:.4g}, val_loss "
-                f"{row['val_loss']:.4g}. A lower --lr may help; this was {recipe.lr:g}."
+                f"error: diverged in epoch {row['epoch']:.0f}: {losses}. A lower --lr may help; this was {recipe.lr:g}."
             ),
             file=sys.stderr,
         )
+        if on["json"]:
+            ended("diverged", "")
         return cli.FAILED
     best = best_record(run.recipe, run.best, run.best_checkpoint, folder, trial_id=name, command=command)
     write_json(folder / "best.json", best)
     write_report(folder)
-    print(cli.paragraph(f"{headline(best)} Checkpoint: {os.path.relpath(run.best_checkpoint)}"))
+    ended("completed", cli.paragraph(f"{headline(best)} Checkpoint: {os.path.relpath(run.best_checkpoint)}"))
     return cli.DONE
 
 

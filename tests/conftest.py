@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,42 @@ from cifar_lab.recipe import Recipe, RecipeError
 # More threads spin while they wait for each other: on a busy machine that is a hundred times slower, not faster.
 torch.set_num_threads(1)
 GIVEN_DATA = os.environ.get("CIFAR_LAB_DATA")
+NARROW: dict[str, dict[str, Any]] = {
+    "resnet": {"width": 8},
+    "nf_resnet": {"width": 8},
+    "wide_cnn": {"width": 4},
+    "mixed_kernel_cnn": {"width": 4},
+    "dynamic_cnn": {"width": 4, "num_blocks": "1,1"},
+    "pretrained": {"resolution": 32},
+    "speed_cnn": {"widths": "16,16,16"},
+}
+
+
+# Lightning takes callbacks from installed packages; this one counts the epochs that are really trained.
+COUNTER = """
+import os
+from pytorch_lightning.callbacks import Callback
+
+class Counter(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        with open(os.environ["EPOCHS_TRAINED"], "a") as file:
+            file.write(f"{trainer.default_root_dir} {trainer.current_epoch + 1}\\n")
+
+def made():
+    return Counter()
+"""
+
+
+@pytest.fixture(scope="session")
+def counter_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder which, on PYTHONPATH, has every trained epoch noted in the file that EPOCHS_TRAINED names."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "counter-1.0.dist-info").mkdir()
+    (site / "counter.py").write_text(COUNTER)
+    (site / "counter-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: counter\nVersion: 1.0\n")
+    entry = "[pytorch_lightning.callbacks_factory]\ncounter = counter:made\n"
+    (site / "counter-1.0.dist-info" / "entry_points.txt").write_text(entry)
+    return site
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +106,58 @@ def make_tree(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes the checkpoint of an untrained, narrow network, in 32 bits, and returns its path."""
+    from cifar_lab.classifier import ImageClassifier
+
+    def make(name: str = "a.ckpt", classes: tuple[str, ...] = ("apple", "pear"), **fields: Any) -> Path:
+        torch.manual_seed(0)
+        arch = fields.pop("arch", "classic_cnn")
+        recipe = Recipe(**{"arch": arch, "dataset": "digits", "precision": "32", **NARROW.get(arch, {}), **fields})
+        made = {"recipe": recipe.to_dict(), "classes": list(classes), "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.1]}
+        model = ImageClassifier(**made)
+        for layer in model.network.modules():
+            if isinstance(layer, torch.nn.modules.batchnorm._BatchNorm):
+                layer.momentum = 1.0  # its statistics are those of one batch: without any, answers are 0 or 1
+        with torch.no_grad():
+            model.network.train()(model.normalise(torch.randint(256, (16, 3, 32, 32), dtype=torch.uint8)))
+            for parameter in model.network.parameters():
+                parameter.mul_(1.02)  # so that an average of the weights is not the weights
+        place = tmp_path / "run" / "checkpoints" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"hyper_parameters": made, "state_dict": model.state_dict()}, place)
+        return place
+
+    return make
+
+
+class Trap:
+    """Unpickled, it makes the file it names."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture(params=["pickle", "torch"])
+def trap(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A checkpoint that runs code when it is unpickled; whoever read it must not have run it."""
+    place, mark = tmp_path / "trap.ckpt", tmp_path / "mark"
+    content = {"hyper_parameters": {"recipe": Trap(mark)}, "state_dict": {}}
+    if request.param == "pickle":
+        place.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, place)
+    yield place
+    assert not mark.exists(), "the checkpoint's code was run"
+    with contextlib.suppress(RuntimeError):
+        torch.load(place, weights_only=False)
+    assert mark.exists(), "the trap does not work"
+
+
+@pytest.fixture
 def another() -> Callable[[str, str], Any]:
     """A function from an architecture and its own field to a legal value which is not the default, and cheap."""
 
@@ -78,7 +168,8 @@ def another() -> Callable[[str, str], Any]:
             wanted: list[Any] = list(typing.get_args(hint))
         else:
             by_type: dict[Any, list[Any]] = {
-                bool: [True, False], int: [16, 8, 3, 2, 1, 48], float: [0.5, 0.25, 2.0], str: ["1,2", "none"],
+                bool: [True, False], int: [16, 8, 3, 2, 1, 48], float: [0.5, 0.25, 2.0],
+                str: ["1,2", "16,32,16", "none"],
             }  # fmt: skip
             wanted = by_type.get(hint, [])
         for value in wanted:

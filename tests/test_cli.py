@@ -46,6 +46,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
         ("--grace_period 31", r"grace_period: 31. Legal: 1 to 30, which is max_epochs"),
         ("--batch_norm true", r"there is no such flag"),
         ("--arch classic_cnn --depth 34", r"depth: 34. Legal: 2 to 6"),
+        ("--val_fraction 0", r"val_fraction: 0.0. Trainings are compared by val_acc; legal: more than 0, or folds"),
         ("--name a/b", r"name: 'a/b'. Legal: the name of a folder, without a slash"),
         ("--resume", r"--resume: say with --name which search"),
         ("--resume --name unknown", r"name: there is nothing named 'unknown' to resume"),
@@ -112,6 +113,14 @@ def test_help_names_every_field_with_its_docstring_and_stays_light(module: str) 
     assert not loaded & {"pytorch_lightning", "ray"}
 
 
+@pytest.mark.parametrize(("module", "flag"), [("evaluate", "--data_dir"), ("predict", "--map"), ("export", "--output")])
+def test_help_of_a_checkpoints_commands_stays_light(module: str, flag: str) -> None:
+    done = run("-X", "importtime", "-m", f"cifar_lab.{module}", "--help")
+    assert done.returncode == 0 and flag in done.stdout
+    loaded = {line.split("|")[-1].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert "jsonargparse" in loaded and not loaded & {"pytorch_lightning", "pandas", "matplotlib", "onnxruntime"}
+
+
 def test_a_yaml_file_gives_fields_and_flags_after_it_win(tmp_path: Path) -> None:
     place = tmp_path / "recipe.yaml"
     place.write_text(yaml.safe_dump({"arch": "classic_cnn", "lr": 0.003, "batch_norm": True}))
@@ -129,7 +138,8 @@ def test_training_leaves_its_files_resumes_and_evaluation_adds_the_test_files(
     words = [*TINY, "--name", "one", "--results_dir", str(tmp_path)]
     assert train([*words, "--max_epochs", "2"]) == 0
     folder = tmp_path / "one"
-    left = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and "figures" not in str(p)}
+    left = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent.name != "figures"}
+    left = {name for name in left if not name.startswith("tensorboard/events.out.tfevents.")}
     names = ("best.ckpt", "last.ckpt", "sha256.json")
     assert left == {"curves.csv", "best.json", "report.html", *(f"checkpoints/{name}" for name in names)}
     best = json.loads((folder / "best.json").read_text())
@@ -149,10 +159,28 @@ def test_training_leaves_its_files_resumes_and_evaluation_adds_the_test_files(
     assert (tmp_path / "other" / "per_class.csv").read_text() == (folder / "per_class.csv").read_text()
 
 
+def test_a_training_without_validation_says_so_and_can_be_tested(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, "--name", "one", "--results_dir", str(tmp_path), "--max_epochs", "2", "--val_fraction", "0"]
+    assert train(words) == 0
+    said = capsys.readouterr().out
+    assert "Trained without validation, to epoch 2; not tested." in said and "val_acc" not in said
+    assert pd.read_csv(tmp_path / "one" / "curves.csv").val_acc.isna().all()
+    best = json.loads((tmp_path / "one" / "best.json").read_text())
+    assert best["epoch"] == 2 and best["val_acc"] is None
+    assert evaluate([str(tmp_path / "one" / "checkpoints" / "best.ckpt"), "--quiet"]) == 0
+    assert "Test accuracy" in (tmp_path / "one" / "report.html").read_text()
+
+
 def test_a_diverged_training_exits_1_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--arch", "classic_cnn", "--dataset", "digits", "--limit_train", "100", "--lr", "1e9", "--max_epochs", "3"]
     assert train([*words, "--name", "one", "--results_dir", str(tmp_path)]) == 1
     assert "diverged in epoch 1: train_loss " in " ".join(capsys.readouterr().err.split())
+    assert train(["--name", "one", "--results_dir", str(tmp_path), "--resume", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == {"folder": str(tmp_path / "one"), "status": {"diverged": 1}, "resume": None}
+    assert err.startswith("error: diverged in epoch 1")
 
 
 def test_evaluating_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -169,7 +197,7 @@ def test_a_report_of_a_committed_search_can_be_written_again(tmp_path: Path) -> 
     page = (tmp_path / "classic_cnn" / "report.html").read_text()
     best = json.loads((tmp_path / "classic_cnn" / "best.json").read_text())
     assert f"Test accuracy {sum(best['test_acc_seeds']) / 3:.2%}" in page
-    with pytest.raises(InputError, match="no search lies there"):
+    with pytest.raises(InputError, match="nothing that was run lies there"):
         report([str(tmp_path)])
 
 
@@ -184,13 +212,32 @@ def test_a_missing_test_set_is_refused_before_any_training(tmp_path: Path, make_
     assert not (tmp_path / "results").exists()
 
 
-def test_a_finished_training_is_left_alone_and_a_checkpoint_speaks_for_itself_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_damaged_image_is_named_before_any_training(
+    tmp_path: Path, make_tree: Callable[..., Path], capsys: pytest.CaptureFixture[str], part: str
+) -> None:
+    image = make_tree() / part / "pear" / "003.png"
+    image.write_bytes(image.read_bytes()[:-1500])
+    words = ["--arch", "classic_cnn", "--dataset", "folder", "--data_dir", str(image.parents[2])]
+    with pytest.raises(SystemExit, match=r"^2$"), cli.exit_status():
+        asha([*words, "--results_dir", str(tmp_path / "results"), "--name", "a"])
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(f"error: {image} is not a readable image") and said.endswith("Mend or remove it.")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_finished_training_is_left_alone_and_a_checkpoint_speaks_for_itself_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [*TINY, "--name", "one", "--results_dir", str(tmp_path), "--max_epochs", "1", "--quiet"]
     assert train(words) == 0
     folder = tmp_path / "one"
     assert evaluate([str(folder / "checkpoints" / "best.ckpt"), "--quiet"]) == 0
     before = (folder / "best.json").read_text()
-    assert train(["--name", "one", "--results_dir", str(tmp_path), "--resume"]) == 0
+    capsys.readouterr()
+    assert train(["--name", "one", "--results_dir", str(tmp_path), "--resume", "--json"]) == 0
+    told = {"folder": str(folder), "status": {"completed": 1}, "resume": None}
+    assert json.loads(capsys.readouterr().out) == json.loads(before) | told
     assert evaluate([str(folder / "checkpoints" / "last.ckpt"), "--quiet"]) == 0
     assert (folder / "best.json").read_text() == before
     assert "sha256" not in json.loads((folder / "checkpoints" / "best.json").read_text())

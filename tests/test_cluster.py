@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,16 +14,20 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
+import torch
+from ray.exceptions import ActorDiedError
 
+import tune.cluster
 from cifar_lab.recipe import Recipe
-from tune.cluster import Job, cluster, run_jobs
+from tune.cluster import Job, alive, cause, cluster, run_jobs
 from tune.heartbeat import HUNG
 
 
 @pytest.fixture(scope="module")
-def processors() -> Iterator[dict[str, float]]:
+def processors() -> Iterator[list[dict[str, float]]]:
     with cluster(None, dashboard=False) as joined:
-        yield joined.resources
+        yield joined.machines
 
 
 def jobs(folder: Path, **fields: Any) -> list[Job]:
@@ -31,9 +36,9 @@ def jobs(folder: Path, **fields: Any) -> list[Job]:
 
 
 def processes(words: str) -> list[psutil.Process]:
-    """The processes whose command line contains the words."""
+    """The processes begun here whose command line contains the words."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if words in " ".join(process.cmdline()):
                 found.append(process)
@@ -45,7 +50,7 @@ def run(folder: Path, made: list[Job], **hooks: Any) -> None:
     run_jobs(made, **(quiet | hooks), takes={"CPU": 1.0, "GPU": 0.0}, concurrent=1, scratch=folder / "ray")
 
 
-def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: dict[str, float], tmp_path: Path) -> None:
+def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: list[dict[str, float]], tmp_path: Path) -> None:
     started: list[str] = []
 
     def judge(job_id: str, row: dict[str, Any]) -> bool:
@@ -58,7 +63,7 @@ def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: dict[str, floa
 
 
 def test_a_job_that_fails_is_told_with_its_cause_and_the_others_go_on(
-    processors: dict[str, float], tmp_path: Path
+    processors: list[dict[str, float]], tmp_path: Path
 ) -> None:
     ended: dict[str, str] = {}
     made = jobs(tmp_path, dataset="digits")
@@ -70,7 +75,7 @@ def test_a_job_that_fails_is_told_with_its_cause_and_the_others_go_on(
 
 
 def test_a_job_is_stopped_when_the_judge_says_so_and_trains_no_epoch_more(
-    processors: dict[str, float], tmp_path: Path
+    processors: list[dict[str, float]], tmp_path: Path
 ) -> None:
     heard: list[tuple[str, int]] = []
 
@@ -84,7 +89,7 @@ def test_a_job_is_stopped_when_the_judge_says_so_and_trains_no_epoch_more(
 
 
 def test_a_trial_that_hangs_is_killed_and_goes_on_after_its_last_epoch(
-    processors: dict[str, float], tmp_path: Path
+    processors: list[dict[str, float]], tmp_path: Path
 ) -> None:
     heard: list[tuple[str, int]] = []
     ended: dict[str, str] = {}
@@ -104,10 +109,70 @@ def test_a_trial_that_hangs_is_killed_and_goes_on_after_its_last_epoch(
     assert [epoch for job, epoch in heard if job == "T001"] == [1, 2, 3]
     assert ended == {"T000": "", "T001": ""}
     assert not psutil.pid_exists(once[0])
-    assert not processes("heartbeat-"), "nothing watches a training that has ended"
+    assert not processes(str(tmp_path)), "nothing watches a training that has ended"
 
 
-def test_nothing_watches_a_trial_that_was_stopped(processors: dict[str, float], tmp_path: Path) -> None:
+@pytest.mark.parametrize("server", ["head", "raylet"])
+def test_the_process_ends_with_its_last_words_when_ray_is_gone(
+    processors: list[dict[str, float]],
+    server: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    head = int(ray.get_runtime_context().gcs_address.rpartition(":")[2])
+    gone, ended, plain = threading.Event(), threading.Event(), tune.cluster.silence
+
+    def silence(host: str, port: int) -> OSError | None:
+        return ConnectionRefusedError() if gone.is_set() and (port == head) == (server == "head") else plain(host, port)
+
+    monkeypatch.setattr(tune.cluster, "silence", silence)
+    monkeypatch.setattr(tune.cluster, "LIFE_SIGN", 0.02)
+    monkeypatch.setattr(tune.cluster, "LOST", 0.5)
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set() if status == 1 else None)
+    with alive("To go on: ..."):
+        assert not ended.wait(1), "as long as it is there nothing happens"
+        gone.set()
+        begun = time.monotonic()
+        assert ended.wait(30)
+        assert time.monotonic() - begun > (0.5 if server == "head" else 0), "a head may be restarted"
+    said = capsys.readouterr()
+    assert "Ray has died beneath the search" in said.err and said.out.startswith("To go on: ...")
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "said"),
+    [
+        (
+            None,
+            "1 worker(s) were killed due to the node running low on memory. Memory on ...",
+            "out of memory: Ray kil",
+        ),
+        (
+            MemoryError(),
+            "",
+            "out of memory: MemoryError. Fewer at once (--max_concurrent) leave more to each; a smaller",
+        ),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            "",
+            "out of memory: OutOfMemoryErr",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."), "", "out of memory: RuntimeError."),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling ..."), "", "out of memory: RuntimeError."),
+        (
+            ActorDiedError(),
+            "pid: 1234",
+            "its process died: killed, perhaps for want of memory, or crashed, or its mach",
+        ),
+        (KeyError("val_acc"), "", "KeyError: 'val_acc'"),
+        (None, "Traceback ...\nof_his_own.Error: an error of a class\nthat is unknown here", "that is unknown here"),
+    ],
+)
+def test_a_failure_is_told_in_words_that_all_who_met_it_share(error: Exception | None, text: str, said: str) -> None:
+    assert cause(error, text).startswith(said)
+
+
+def test_nothing_watches_a_trial_that_was_stopped(processors: list[dict[str, float]], tmp_path: Path) -> None:
     watching: list[int] = []
 
     def judge(job_id: str, row: dict[str, Any]) -> bool:

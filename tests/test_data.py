@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,6 +105,16 @@ def test_a_split_that_leaves_a_class_empty_is_refused(fields: dict[str, Any], na
     with pytest.raises(DataError) as caught:
         CIFAR10DataModule(digits(**fields))
     assert named in str(caught.value)
+
+
+def test_without_validation_all_images_train() -> None:
+    labels = load(digits(), "train").labels
+    train, validation = split(labels, digits(val_fraction=0))
+    assert train.tolist() == list(range(1437)) and validation.tolist() == []
+    few, _ = split(labels, digits(val_fraction=0, limit_train=300))
+    assert len(few) == 300
+    with pytest.raises(DataError, match=r"limit_train: 1438\. Legal: 10, one a class, to 1437, the training set"):
+        split(labels, digits(val_fraction=0, limit_train=1438))
 
 
 def test_a_smaller_limit_is_part_of_a_larger_one() -> None:
@@ -208,7 +221,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("decoded again")
 
     monkeypatch.setattr(data, "_digits", decoder)
-    monkeypatch.setattr("torchvision.datasets.folder.default_loader", decoder)
+    monkeypatch.setattr(data, "read_image", decoder)
     monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", decoder)
 
 
@@ -238,6 +251,15 @@ def test_an_added_or_renamed_file_is_decoded_again(make_tree: MakeTree) -> None:
     assert len(load(tree(root), "train")) == 21
 
 
+def test_what_was_decoded_otherwise_is_decoded_again(make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tree(make_tree())
+    load(recipe, "train")
+    monkeypatch.setattr(data, "READING", b"another")
+    poison(monkeypatch)
+    with pytest.raises(AssertionError, match="decoded again"):
+        load(recipe, "train")
+
+
 def test_nothing_is_written_in_the_data_folder(make_tree: MakeTree) -> None:
     root = make_tree()
     before = sorted(root.rglob("*"))
@@ -265,25 +287,66 @@ def test_what_is_loaded_cannot_change_the_cache(make_tree: MakeTree) -> None:
     assert load(recipe, "train").images.any()
 
 
-def _count_decodes(root: str, counter: str) -> int:
-    from torchvision.datasets import folder
+def eight_at_once(wants: Callable[..., int], *words: Any) -> list[int]:
+    """What eight processes get that want their images at the same moment."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cifar_lab.data", "torchvision.datasets"])
+    with context.Pool(8) as pool:
+        return pool.starmap(wants, [(number, *words) for number in range(8)], chunksize=1)
 
-    plain = folder.default_loader
 
-    def counted(path: str) -> Any:
-        with open(counter, "a") as file:
-            file.write("decoded\n")
-        return plain(path)
-
-    folder.default_loader = counted
+def _wants_a_tree(number: int, root: str, cache: str, notes: str) -> int:
+    os.environ["XDG_CACHE_HOME"] = cache  # a forkserver's environment is that of its first test
+    data.read_image = noting(data.read_image, notes, "decoded")
     return len(load(tree(Path(root)), "train"))
 
 
-def test_processes_that_load_at_once_decode_once(make_tree: MakeTree, fresh_cache: Path, tmp_path: Path) -> None:
-    root, counter = make_tree(), tmp_path / "counter"
-    with multiprocessing.get_context("spawn").Pool(4) as pool:
-        assert pool.starmap(_count_decodes, [(str(root), str(counter))] * 4, chunksize=1) == [20] * 4
-    assert len(counter.read_text().splitlines()) == 20
+def _wants_a_download(number: int, archive: str, md5s: dict[str, str], cache: str, notes: str) -> int:
+    from torchvision import datasets
+
+    os.environ["XDG_CACHE_HOME"] = cache
+
+    class Small(datasets.CIFAR10):
+        tgz_md5 = md5s["archive"]
+        train_list, test_list = [["data_batch_1", md5s["data_batch_1"]]], [["test_batch", md5s["test_batch"]]]
+        meta = {"filename": "batches.meta", "key": "label_names", "md5": md5s["batches.meta"]}
+
+    datasets.CIFAR10 = noting(Small, notes, "decoded")
+    datasets.CIFAR10.filename, datasets.CIFAR10.base_folder = Small.filename, Small.base_folder
+    download = noting(lambda url, place: shutil.copy(archive, place), notes, "downloaded")
+    datasets.utils._get_redirect_url, datasets.utils._urlretrieve = lambda url, **_: url, download
+    return len(load(Recipe(arch="classic_cnn"), "test" if number % 2 else "train"))
+
+
+def noting(plain: Callable[..., Any], notes: str, word: str) -> Any:
+    def noted(*words: Any, **named: Any) -> Any:
+        with open(notes, "a") as file:
+            file.write(f"{word}\n")
+        return plain(*words, **named)
+
+    return noted
+
+
+def test_eight_processes_that_load_at_once_decode_once(make_tree: MakeTree, tmp_path: Path) -> None:
+    notes = tmp_path / "notes"
+    assert eight_at_once(_wants_a_tree, str(make_tree()), str(tmp_path / "cache"), str(notes)) == [20] * 8
+    assert notes.read_text().splitlines() == ["decoded"] * 20
+
+
+def test_eight_processes_that_load_at_once_download_once(tmp_path: Path) -> None:
+    place, notes = tmp_path / "cifar-10-batches-py", tmp_path / "notes"
+    place.mkdir()
+    for name, count in (("data_batch_1", 20), ("test_batch", 10)):
+        content = {"data": np.zeros((count, 3072), np.uint8), "labels": [i % 10 for i in range(count)]}
+        (place / name).write_bytes(pickle.dumps(content))
+    (place / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10_CLASSES)}))
+    with tarfile.open(tmp_path / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(place, place.name)
+    files = {"archive": tmp_path / "cifar-10-python.tar.gz", **{file.name: file for file in place.iterdir()}}
+    md5s = {name: hashlib.md5(file.read_bytes()).hexdigest() for name, file in files.items()}
+    got = eight_at_once(_wants_a_download, str(files["archive"]), md5s, str(tmp_path / "cache"), str(notes))
+    assert got == [20, 10] * 4
+    assert Counter(notes.read_text().splitlines()) == {"downloaded": 1, "decoded": 2}, "each part is decoded once"
 
 
 def test_a_damaged_cache_is_named_and_its_removal_suggested(fresh_cache: Path) -> None:
@@ -500,6 +563,31 @@ def test_a_memory_mapped_load_costs_little_private_memory(cifar10: Recipe) -> No
     command = [sys.executable, "-c", code, str(cifar10.data_dir)]
     told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=dict(os.environ))
     assert int(told.stdout) < 20_000
+
+
+# What a network may see before it starts
+
+
+@pytest.mark.parametrize(("limit", "n"), [(None, 512), (100, 100)])
+def test_the_sample_is_of_normalised_training_images(limit: int | None, n: int) -> None:
+    made = CIFAR10DataModule(digits(limit_train=limit))
+    sample = made.sample()
+    assert sample.shape == (n, 3, 32, 32) and torch.equal(sample, made.sample())
+    pixels = (sample * made.std[:, None, None] + made.mean[:, None, None]) * 255
+    known = {image.numpy().tobytes() for image in made.set.images[made.train_indices]}
+    assert {image.round().byte().numpy().tobytes() for image in pixels} <= known
+    assert float(sample.mean()) == pytest.approx(0, abs=0.05) and float(sample.std()) == pytest.approx(1, abs=0.05)
+
+
+def test_the_sample_holds_every_class_of_an_ordered_set(make_tree: MakeTree) -> None:
+    root = make_tree(("apple", "pear", "plum"), count=300)
+    made = CIFAR10DataModule(tree(root))
+    images = {
+        image.numpy().tobytes(): int(label) for image, label in zip(made.set.images, made.set.labels, strict=True)
+    }
+    pixels = (made.sample() * made.std[:, None, None] + made.mean[:, None, None]) * 255
+    labels = [images[image.round().byte().numpy().tobytes()] for image in pixels]
+    assert min(np.bincount(labels, minlength=3)) > 100
 
 
 # Folds

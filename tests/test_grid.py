@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -194,6 +195,17 @@ def test_pruning_gives_up_the_folds_to_come_of_the_poorest(tmp_path: Path) -> No
         assert all(grid.experiment.trials[f"G0{i}-f0"].status == "completed" for i in range(4))
 
 
+def test_with_json_the_last_words_are_json_whenever_they_are_asked_for(tmp_path: Path) -> None:
+    grid = opened(tmp_path, {"G00": ([0.1], "completed"), "G01": ([0.2], "diverged")})
+    assert grid.last_words().endswith(" --resume")
+    grid.question = dataclasses.replace(grid.question, command="python -m tune.kfold --json", json=True)
+    told = json.loads(grid.last_words())
+    assert told["status"] == {"completed": 1, "diverged": 1, "pending": 2} and told["folder"] == str(tmp_path)
+    assert told["resume"].endswith(" -m tune.kfold --json --resume")
+    grid.before = [{"resume": None}]  # of a study's first variant
+    assert json.loads(grid.last_words()) == [{"resume": None}, told]
+
+
 def test_a_diverged_setting_takes_no_sound_ones_place(tmp_path: Path) -> None:
     grid = opened(tmp_path, {"G00": ([0.9], "diverged"), "G01": ([0.2, 0.3], "completed")})
     grid.prune(1)
@@ -264,8 +276,8 @@ def curves_of(run: dict[str, Any]) -> pd.DataFrame:
 
 def test_a_grid_leaves_the_promised_files_and_no_checkpoint(run: dict[str, Any]) -> None:
     folder = run["folder"]
-    promised = {"best.json", "checkpoints", "curves.csv", "figures", "ray", "report.html", "settings.csv", "trials.csv"}
-    assert {p.name for p in folder.iterdir()} == promised
+    promised = "best.json checkpoints curves.csv figures ray report.html settings.csv tensorboard trials.csv"
+    assert {p.name for p in folder.iterdir()} == set(promised.split())
     assert not list((folder / "checkpoints").iterdir()), "folds are compared; their weights are of no use"
     measured = ["folds", "best_epoch", *METRICS, "val_acc_std", "low", "high", "seconds", "status", "reason"]
     made = pd.read_csv(folder / "settings.csv")
@@ -347,7 +359,7 @@ def test_the_best_setting_is_the_one_with_the_highest_mean_and_is_not_tested(run
 
 def test_the_page_needs_no_network_and_names_every_setting(run: dict[str, Any]) -> None:
     page = (run["folder"] / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"", page) and "@import" not in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*\"", page) and "@import" not in page
     for row in pd.read_csv(run["folder"] / "settings.csv").to_dict("records"):
         assert f'<td class="text">{row["setting_id"]}</td>' in page and f"{row['val_acc']:.2%}" in page
         assert row["reason"] in page
@@ -363,6 +375,12 @@ def test_going_on_with_a_finished_grid_changes_nothing(run: dict[str, Any], caps
     before = files(run["folder"])
     assert main(["--results_dir", str(run["folder"].parent), "--name", "grid", "--resume"]) == 0
     assert "This grid is finished; nothing was changed. Best: " in " ".join(capsys.readouterr().out.split())
+    assert main(["--results_dir", str(run["folder"].parent), "--name", "grid", "--resume", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    counts = pd.read_csv(run["folder"] / "trials.csv").status.value_counts().to_dict()
+    assert told == json.loads((run["folder"] / "best.json").read_text()) | {
+        "folder": str(run["folder"]), "status": counts, "resume": None,
+    }  # fmt: skip
     assert files(run["folder"]) == before
 
 

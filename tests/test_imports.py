@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,8 @@ ALLOWED = {
     "recipe": {"models"},
     "models": {"layers", "recipe"},
     "optim": {"recipe"},
-    "data": {"augment", "files", "recipe"},
+    "corruptions": {"recipe"},
+    "data": {"augment", "files", "progress", "recipe"},
     "classifier": {"augment", "layers", "optim", "data", "models", "recipe"},
 }  # fmt: skip
 
@@ -115,3 +118,10 @@ def test_only_evaluate_loads_the_test_part() -> None:
             if any(isinstance(arg, ast.Constant) and arg.value == "test" for arg in node.args):
                 loading.add(label(file))
     assert loading == {"cifar_lab/evaluate.py"}
+
+
+def test_pages_figures_and_notebooks_of_tables_start_without_torch() -> None:
+    heavy = "{'torch', 'pytorch_lightning', 'ray'} & set(sys.modules)"
+    asked = f"import sys, cifar_lab.compare, cifar_lab.plots, cifar_lab.report, tune.report; print({heavy})"
+    done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

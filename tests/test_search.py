@@ -18,10 +18,13 @@ import pytest
 import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
 from cifar_lab.evaluate import t_interval, wilson
 from cifar_lab.files import sha256
 from tune.scheduler import Rungs
+from tune.simulate import Curve, policies, replay
 
 ROOT = Path(__file__).parent.parent
 CURVES = ["trial_id", "epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds"]
@@ -71,6 +74,21 @@ def table(folder: Path, name: str) -> pd.DataFrame:
     return pd.read_csv(folder / f"{name}.csv").drop(columns="seconds")
 
 
+def boards_agree(folder: Path) -> None:
+    """TensorBoard's curves of the trials are those of curves.csv; the finalists have theirs beside them."""
+    curves, finalists = pd.read_csv(folder / "curves.csv"), pd.read_csv(folder / "finalists.csv")
+    ids = {*curves.trial_id, *(f"{t}-s{s}" for t, s in zip(finalists.trial_id, finalists.seed, strict=True))}
+    assert {place.name for place in (folder / "tensorboard").iterdir()} == ids
+    for trial_id in ids:
+        shown = EventAccumulator(str(folder / "tensorboard" / trial_id)).Reload()
+        own = curves[curves.trial_id == trial_id]
+        for name in CURVES[2:]:
+            events = shown.Scalars(name)
+            assert [event.step for event in events] == list(range(1, len(own) + 1 if len(own) else 5))
+            if len(own):
+                assert [event.value for event in events] == own[name].astype("float32").tolist()
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("results")
@@ -90,7 +108,7 @@ def test_a_search_leaves_exactly_the_promised_files(whole: tuple[Path, subproces
     folder, _ = whole
     left = {p.name for p in folder.iterdir()}
     promised = "best.json checkpoints confusion.csv curves.csv figures finalists.csv per_class.csv ray report.html"
-    assert left == {*promised.split(), "test_predictions.csv", "trials.csv"}
+    assert left == {*promised.split(), "tensorboard", "test_predictions.csv", "test_readings.jsonl", "trials.csv"}
     assert list(pd.read_csv(folder / "trials.csv")) == ["trial_id", *SEARCHED, *METRICS]
     assert list(pd.read_csv(folder / "curves.csv")) == CURVES
     assert list(pd.read_csv(folder / "finalists.csv")) == ["trial_id", "seed", "best_epoch", "val_acc", "seconds"]
@@ -110,7 +128,7 @@ def test_a_search_leaves_exactly_the_promised_files(whole: tuple[Path, subproces
             "checkpoint",
             "sha256",
         ],
-        *["seed", "versions", "hardware", "command"],
+        *["seed", "versions", "hardware", "command", "tta"],
     }
 
 
@@ -156,6 +174,22 @@ def test_the_winner_has_the_highest_mean_val_acc_and_only_its_checkpoints_were_t
     assert headline in " ".join(done.stdout.split()) and headline in (folder / "report.html").read_text()
 
 
+def test_the_test_set_was_read_once_for_each_seed_of_the_winner(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = whole
+    best = json.loads((folder / "best.json").read_text())
+    readings = [json.loads(line) for line in (folder / "test_readings.jsonl").read_text().splitlines()]
+    assert [r["checkpoint"] for r in readings] == [
+        f"checkpoints/{best['trial_id']}-s{s}/best.ckpt" for s in (1000, 2000)
+    ]
+    assert [r["accuracy"] for r in readings] == best["test_acc_seeds"]
+    assert [r["sha256"] for r in readings] == [sha256(folder / r["checkpoint"]) for r in readings]
+    assert {(r["n"], r["tta"], r["corruption"]) for r in readings} == {(360, "none", None)}
+    assert readings[0]["command"].startswith("python -m tune.asha --results_dir")
+    assert "The test set was read 2 times for this run" in (folder / "report.html").read_text()
+
+
 def test_the_test_files_agree_with_scikit_learn(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = whole
     best = json.loads((folder / "best.json").read_text())
@@ -171,6 +205,22 @@ def test_the_test_files_agree_with_scikit_learn(whole: tuple[Path, subprocess.Co
     assert [wilson(c, n) for c, n in zip(per_class.correct, per_class.n, strict=True)] == list(
         zip(per_class.low, per_class.high, strict=True)
     )
+
+
+def test_tensorboard_shows_every_curve_and_what_the_trials_vary(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = whole
+    boards_agree(folder)
+    for trial in pd.read_csv(folder / "trials.csv").to_dict("records"):
+        shown = EventAccumulator(str(folder / "tensorboard" / trial["trial_id"])).Reload()
+        content = shown.SummaryMetadata(SESSION_START_INFO_TAG).plugin_data.content
+        told = parse_session_start_info_plugin_data(content)
+        assert told.group_name == f"whole/{trial['trial_id']}"
+        assert {name: getattr(told.hparams[name], told.hparams[name].WhichOneof("kind")) for name in SEARCHED} == {
+            name: trial[name] for name in SEARCHED
+        }
+        assert shown.Scalars("best_val_acc")[-1].value == np.float32(trial["val_acc"])
 
 
 def test_only_the_best_checkpoints_are_kept_and_they_hold_no_code(
@@ -196,7 +246,7 @@ def test_what_is_printed_fits_80_columns_and_is_no_log(whole: tuple[Path, subpro
 
 def test_the_report_needs_no_network(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     page = (whole[0] / "report.html").read_text()
-    assert not re.findall(r"(?:src|href)=\"(?!data:)[^\"]*\"", page) and "@import" not in page
+    assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*\"", page) and "@import" not in page
 
 
 def test_resuming_a_finished_search_changes_nothing(whole: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -223,7 +273,8 @@ def test_a_search_cut_short_and_resumed_equals_the_uninterrupted_one(
 ) -> None:
     folder, _ = whole
     name = fault.name.lower()
-    process = start(folder.parent, "--name", name, "--max_concurrent", "1", *QUESTION)
+    asked = ["--json"] if fault is signal.SIGINT else []
+    process = start(folder.parent, "--name", name, "--max_concurrent", "1", *QUESTION, *asked)
     curves = folder.parent / name / "curves.csv"
     until = time.monotonic() + 300
     while (len(curves.read_text().splitlines()) if curves.exists() else 0) < 4:
@@ -234,14 +285,23 @@ def test_a_search_cut_short_and_resumed_equals_the_uninterrupted_one(
     reached = len(curves.read_text().splitlines()) - 1
     if fault is signal.SIGINT:
         assert process.returncode == 1
-        command = out.splitlines()[-1]
+        told = json.loads(out)
+        command = told["resume"]
         assert " -m tune.asha " in command and command.endswith("--resume")
+        assert told["folder"] == str(folder.parent / name) and sum(told["status"].values()) == 5
+        assert told["status"]["pending"] > 0
         words = command.split()[3:]
     else:
         words = ["--name", name, "--resume"]
     done = search(folder.parent, *words) if fault is signal.SIGKILL else search(folder.parent, *words[2:])
     assert done.returncode == 0, done.stderr
     assert reached < len(pd.read_csv(folder / "curves.csv")), "the fault came too late to test anything"
+    boards_agree(folder.parent / name)
+    if fault is signal.SIGINT:
+        assert done.stderr == ""
+        told = {"folder": str(folder.parent / name), "resume": None}
+        told["status"] = pd.read_csv(folder / "trials.csv").status.value_counts().to_dict()
+        assert json.loads(done.stdout) == json.loads((folder.parent / name / "best.json").read_text()) | told
     for file in ("curves", "trials", "finalists"):
         pd.testing.assert_frame_equal(table(folder, file), table(folder.parent / name, file), check_exact=True)
 
@@ -330,3 +390,22 @@ def test_a_larger_num_samples_goes_on_with_new_trials_and_diverged_ones_lose(
     assert second.returncode == 1
     pd.testing.assert_frame_equal(grown[:2], trials, check_exact=True)
     assert len(grown) == 3
+
+
+def test_one_worker_replays_the_searchs_curves_to_the_decisions_that_it_took(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    trials, curves = (pd.read_csv(whole[0] / f"{name}.csv", dtype={"trial_id": str}) for name in ("trials", "curves"))
+    by_trial = [(name, curves[curves.trial_id == name]) for name in trials.trial_id]
+    measured = [Curve(name, own.seconds.tolist(), own.val_acc.tolist()) for name, own in by_trial]
+    taken = set()
+
+    def noting(trial_id: str, epoch: int, value: float) -> bool:
+        stop = asha(trial_id, epoch, value)
+        if stop:
+            taken.add(trial_id)
+        return stop
+
+    asha = policies(1, 4, 3)["ASHA"]()
+    assert replay(measured, 1, noting).trained == dict(zip(trials.trial_id, trials.epochs, strict=True))
+    assert taken == set(trials.trial_id[trials.status == "stopped"])

@@ -294,7 +294,7 @@ def test_all_variants_are_gone_on_with_though_the_second_had_not_begun(
 ) -> None:
     asked_for: list[str] = []
 
-    def interrupted(study: Study, question: Question, published_dir: Path) -> int:
+    def interrupted(study: Study, question: Question, published_dir: Path, answers: list[dict[str, Any]]) -> int:
         asked_for.append(study.variant)
         question_file(question.folder).parent.mkdir(parents=True, exist_ok=True)
         question_file(question.folder).write_text(json.dumps(question.to_dict()))
@@ -310,7 +310,7 @@ def test_the_command_kept_with_a_run_asks_for_one_variant_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions: list[Question] = []
-    monkeypatch.setattr("tune.reproduce.reproduce", lambda study, question, place: questions.append(question) or 0)
+    monkeypatch.setattr("tune.reproduce.reproduce", lambda study, question, *_: questions.append(question) or 0)
     assert main(["003-lr", "--max_epochs", "7", *places(tmp_path)]) == 0
     for question, variant in zip(questions, ("corrected", "as_reported"), strict=True):
         common = f"python -m tune.study 003-lr --max_epochs 7 {' '.join(places(tmp_path))}"
@@ -330,6 +330,15 @@ def test_the_list_has_a_line_a_study_and_variant(capsys: pytest.CaptureFixture[s
     told = {(line[0], line[2]): line[3] for line in lines}
     assert told["000-activations", "corrected"] == "val_acc at activation leaky_relu over activation relu +1.5"
     assert told["001-classic-cnn", "corrected"] == "test_acc 64.4"
+    assert main(["--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert [(entry["study"], entry["variant"]) for entry in listed] == ALL
+    for entry in listed:
+        study = studies()[entry["study"]][entry["variant"]]
+        assert list(entry["published"].items()) == [(figure.label, figure.value) for figure in study.published]
+    for words in (["003-lr", "--list"], ["--list", "--lr", "0.1"]):
+        with pytest.raises(InputError, match="--list: nothing but --json goes with it"):
+            main(words)
 
 
 def test_a_diverged_setting_has_no_test_figure_and_says_why(tmp_path: Path) -> None:
@@ -416,7 +425,7 @@ def test_gradients_are_kept_for_each_setting_and_shown_on_the_page(rates: Ran) -
     for file in (run / "gradients").iterdir():
         assert set(pd.read_csv(file).epoch) == {1, 2}
     page = (run / "report.html").read_text()
-    assert page.count("Gradients of G0") == 3
+    assert page.count("<h2>Gradients of G0") == 3
 
 
 def test_the_table_has_every_figure_of_every_study_once(rates: Ran) -> None:
@@ -484,6 +493,14 @@ def test_going_on_with_a_finished_study_changes_nothing(
     before = files(folder)
     assert main([name, "--variant", "as_reported", "--resume", *places(folder)]) == 0
     assert "finished; nothing was changed" in " ".join(capsys.readouterr().out.split())
+    assert main([name, "--variant", "as_reported", "--resume", "--json", *places(folder)]) == 0
+    (told,) = json.loads(capsys.readouterr().out)
+    kept = json.loads((folder / "runs" / f"{name}-as_reported" / "best.json").read_text())
+    assert told == kept | {
+        "folder": str(folder / "runs" / f"{name}-as_reported"),
+        "status": {"completed": len(pd.read_csv(folder / "runs" / f"{name}-as_reported" / "trials.csv"))},
+        "resume": None,
+    }
     after = files(folder)
     assert {n for n in {**before, **after} if before.get(n) != after.get(n)} == set()
 
@@ -513,6 +530,10 @@ def test_each_epoch_is_tested_after_the_end_and_its_weights_are_gone(softmax: Ra
     assert (row.low, row.high) == wilson(round(row.test_acc * 360), 360) == (best["test_low"], best["test_high"])
     curves = pd.read_csv(run / "curves.csv")
     assert best["epoch"] == curves.epoch[curves.val_acc.idxmax()], "validation has chosen the epoch"
+    logged = [json.loads(line) for line in (run / "test_readings.jsonl").read_text().splitlines()]
+    assert [reading["accuracy"] for reading in logged] == list(tested.test_acc), "each reading is logged"
+    copied = softmax[0] / "results" / "003-lr" / "as_reported" / "test_readings.jsonl"
+    assert copied.read_text() == (run / "test_readings.jsonl").read_text()
 
 
 def test_the_figures_of_the_test_curve_are_its_highest_and_its_last(softmax: Ran) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from cifar_lab import machine
 from cifar_lab.classifier import ImageClassifier, macro_f1
+from cifar_lab.cli import exit_status
 from cifar_lab.data import CIFAR10DataModule, DataError
+from cifar_lab.evaluate import main as evaluate_command
 from cifar_lab.fit import CURVE_COLUMNS, CheckpointError, Row, Run, difference, ended_run, fit, read_checkpoint
 from cifar_lab.recipe import InputError, Recipe
+from cifar_lab.train import main as train_command
 
 EPOCHS = 4
 
@@ -141,6 +145,35 @@ def test_absent_images_are_said_before_anything_is_trained(tmp_path: Path) -> No
         fit(recipe(dataset="folder", data_dir=str(tmp_path / "absent")), tmp_path / "run")
 
 
+# Without validation
+
+ALL = {"val_fraction": 0.0, "limit_train": 100}
+
+
+def test_without_validation_the_last_epoch_is_the_best(tmp_path: Path) -> None:
+    run = fit(recipe(**ALL), tmp_path)
+    for row in run.history:
+        assert tuple(row) == tuple(name for name in CURVE_COLUMNS if not name.startswith("val_"))
+    assert run.best is run.history[-1] and len(run.history) == EPOCHS and not run.diverged
+    last = weights(tmp_path)
+    assert all(torch.equal(last[name], tensor) for name, tensor in weights(tmp_path, "best.ckpt").items())
+
+
+def test_without_validation_every_image_is_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(val_fraction=0.0, limit_train=None, max_epochs=1, batch_size=500)
+    sizes: list[int] = []
+    plain = ImageClassifier.training_step
+    monkeypatch.setattr(
+        ImageClassifier, "training_step", lambda self, batch: sizes.append(len(batch[1])) or plain(self, batch)
+    )
+    fit(asked, tmp_path)
+    assert sizes == [500, 500, 437]
+
+
+def test_without_validation_a_diverged_run_is_marked(tmp_path: Path) -> None:
+    assert fit(recipe(**ALL, optimizer="sgd", lr=1e30), tmp_path).diverged
+
+
 # Resuming
 
 PLATEAU = {"schedule": "plateau", "lr_patience": 0, "optimizer": "sgd", "lr": 1e-5}
@@ -148,12 +181,14 @@ SAME: dict[str, dict[str, Any]] = {
     "sgd": {"optimizer": "sgd", "lr": 0.05, "momentum": 0.9, "nesterov": True},
     "adam": {"optimizer": "adam"},
     "adamw": {"optimizer": "adamw", "weight_decay": 0.01},
+    "muon": {"optimizer": "muon", "lr": 0.05, "weight_decay": 0.01},
     "step": {"schedule": "step", "lr_step": 1},
     "plateau": PLATEAU,
     "plateau after warm-up": {**PLATEAU, "warmup_epochs": 1.5},
     "cosine after warm-up": {"schedule": "cosine", "warmup_epochs": 2.5},
     "onecycle": {"schedule": "onecycle"},
     "linear": {"schedule": "linear"},
+    "no validation": ALL,
     "dropout": {"dropout": 0.5},
     "mixup": {"mixup": 1.0},
     "cutmix": {"cutmix": 1.0, "label_smoothing": 0.1},
@@ -283,6 +318,21 @@ def test_the_best_epoch_of_a_diverged_run_is_one_with_losses() -> None:
     assert Run(recipe(), Path(), [good, bad], diverged=True).best == good
 
 
+def test_an_epoch_without_its_val_acc_is_an_error_that_names_it_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = ImageClassifier.on_validation_epoch_end
+
+    def forgetful(self: ImageClassifier) -> None:
+        plain(self)
+        del self.metrics["val_acc"]
+
+    monkeypatch.setattr(ImageClassifier, "on_validation_epoch_end", forgetful)
+    with pytest.raises(KeyError, match="val_acc"):
+        fit(recipe(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 # Checkpoints that cannot be trusted
 
 
@@ -302,6 +352,7 @@ def test_a_truncated_checkpoint_is_refused(learned: Run, tmp_path: Path, share: 
         with pytest.raises(CheckpointError) as caught:
             attempt()
         assert str(tmp_path / "last.ckpt") in str(caught.value)
+    assert str(caught.value).endswith(f"To begin that training anew, remove {tmp_path}.")
 
 
 @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
@@ -356,6 +407,28 @@ def test_a_malicious_checkpoint_runs_nothing(tmp_path: Path, through_torch: bool
         with pytest.raises(CheckpointError):
             attempt()
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "previous.ckpt"])
+@pytest.mark.parametrize("command", [evaluate_command, train_command])
+def test_the_commands_refuse_a_malicious_checkpoint_in_a_paragraph(
+    command: Callable[[list[str]], int], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "one" / "checkpoints" / name
+    place.parent.mkdir(parents=True)
+    content = pickle.dumps({"hyper_parameters": {"recipe": {}}, "state_dict": Malice(tmp_path / "harm")})
+    place.write_bytes(content)
+    words = ["--resume", "--name", "one", "--results_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as ended, exit_status():
+        command([str(place)] if command is evaluate_command else words)
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and said.out == "" and said.err.split()[0] == "error:"
+    assert "no checkpoint of cifar_lab" in " ".join(said.err.split()) or name == "previous.ckpt"
+    assert "Traceback" not in said.err and "\n\n" not in said.err
+    assert [p.name for p in (tmp_path / "one").rglob("*") if p.is_file()] == [name]
+    assert not (tmp_path / "harm").exists()
+    pickle.loads(content)
+    assert (tmp_path / "harm").exists(), "else the checkpoint was harmless"
 
 
 @pytest.mark.parametrize("content", [{}, {"state_dict": {}}, [1, 2], {"hyper_parameters": {}, "state_dict": {}}])

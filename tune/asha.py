@@ -19,7 +19,11 @@ def main(argv: Sequence[str]) -> int:
     # Lightning and Ray take seconds to import: not before the question is known to be a legal one.
     from tune.search import Search
 
-    return Search(question).run()
+    search = Search(question)
+    status = search.run()
+    if question.json:
+        print(cli.as_json(search.answer()))
+    return status
 
 
 if __name__ == "__main__":

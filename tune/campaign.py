@@ -3,81 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 import shutil
 import statistics
 import sys
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from cifar_lab import cli, fit, machine
+from cifar_lab.board import Board
+from cifar_lab.data import decoded
 from cifar_lab.evaluate import check_test_set
-from cifar_lab.files import size, write_json
+from cifar_lab.files import size, unwritable, write_json
 from cifar_lab.fit import Row, finite
 from cifar_lab.recipe import InputError, Recipe
-from tune import resources
-from tune.cluster import Job, alive, cluster, run_jobs
+from tune import resources, storage
+from tune.cluster import Job, alive, blind, cluster, on_a_worker, run_jobs, shipped
 from tune.experiment import Experiment, Trial, locked
 from tune.heartbeat import HUNG
-from tune.plan import checkpoint_bytes, seconds_per_image
+from tune.plan import checkpoint_bytes, record_bytes, seconds_per_image
 from tune.question import Question, question_file
 from tune.view import View
 
 Q = TypeVar("Q", bound=Question)
 
 
-class Campaign(Generic[Q]):
+class Campaign(ABC, Generic[Q]):
     """Trainings under way: their question, their record, their view."""
 
     WHAT: ClassVar[str]  # a search, a grid: what it is called when it speaks
+    before: list[dict[str, Any]] | None = None  # the answers of a study's variants before it, which --json lists
 
     def __init__(self, question: Q) -> None:
         self.question, self.folder = question, question.folder
         self.faults: list[str] = []
+        self.gpu_share = 0.0  # of a GPU's memory, the most that a trial held
+        self.images: dict[str, Any] | None = None  # for machines that lack them
 
     # What each kind has of its own
 
+    @abstractmethod
     def work(self) -> None:
         """Train what is left to be trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trained(self) -> bool:
         """Whether nothing is left to be trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> None:
         """Draw the conclusion, once all is trained."""
-        raise NotImplementedError
 
+    @abstractmethod
     def report(self) -> None:
         """Write the page."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plan(self) -> str:
         """What is about to happen, with the time and the disk it should take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def result(self) -> str:
         """What was found, in a paragraph."""
-        raise NotImplementedError
 
+    @abstractmethod
     def recipes(self) -> list[Recipe]:
         """The sizes of network that will be trained, a recipe each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def checkpoints_kept(self) -> int:
         """How many best checkpoints stay."""
-        raise NotImplementedError
 
+    @abstractmethod
     def seconds_left(self) -> float:
         """Time until the end, from the epochs that were timed so far, or from the first measurement."""
-        raise NotImplementedError
 
     # What they share
 
@@ -91,10 +99,14 @@ class Campaign(Generic[Q]):
         self.prepare()
         with locked(self.folder):
             self.open_record()
+            possible = False
             try:
                 options, served = self.question.options, self.question.dashboard
-                with cluster(options.address, dashboard=served) as joined, alive(self.last_words()):
-                    self.use(joined.resources)
+                with cluster(options.address, dashboard=served) as joined, alive(self.last_words):
+                    self.use(joined.machines)
+                    if options.address is not None:
+                        self.join()
+                    possible = True
                     write_json(question_file(self.folder), self.question.to_dict())
                     self.experiment.reopen()
                     self.say(self.plan())
@@ -104,13 +116,15 @@ class Campaign(Generic[Q]):
                     self.work()
                 if self.trained():
                     self.settle()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, SystemExit):  # Lightning makes the latter of a Ctrl-C while it evaluates
                 self.faults.append("interrupted")
             except (OSError, InputError) as error:
                 if not (self.folder / "trials.csv").exists():
                     shutil.rmtree(self.folder)  # nothing was begun: the name stays free
-                    raise InputError(str(error)) from error
-                self.faults.append(str(error))
+                    raise InputError(self.told(error)) from error
+                if isinstance(error, InputError) and not possible:
+                    raise
+                self.faults.append(self.told(error))
             return self.conclude()
 
     def open_record(self) -> None:
@@ -127,14 +141,36 @@ class Campaign(Generic[Q]):
         self.data = fit.prepare(base)
         check_test_set(base, self.data.classes)
         # Of a cluster that is still to be joined this is a guess, to be mended when it is.
-        asked = {"CPU": float(options.cpus_per_trial), "GPU": options.gpus_per_trial or 0.0}
-        self.use(resources.here() if options.address is None else asked)
+        asked = {"CPU": float(options.cpus_per_trial), "GPU": math.ceil(options.gpus_per_trial or 0)}
+        self.use(resources.here() if options.address is None else [asked])
+        if options.storage is not None:
+            storage.checked(options.storage)
         self.claim()
-        if earlier is None:
-            base = machine.resolve_precision(base)
-        else:
-            base = base.replace(precision=earlier["recipe"]["precision"])
+        if earlier is not None:
+            self.settle_precision(base.replace(precision=earlier["recipe"]["precision"]))
+        elif options.address is None:
+            self.settle_precision(machine.resolve_precision(base))
+
+    def settle_precision(self, base: Recipe) -> None:
+        """Take the base with its precision, once that is measured."""
         self.question = dataclasses.replace(self.question, base=base)
+
+    def join(self) -> None:
+        """Make a joined cluster fit to train: its machines get the images, and must see where checkpoints go.
+
+        Raises:
+            InputError: some do not.
+        """
+        options, base = self.question.options, self.question.base
+        where = options.storage or str(self.folder)
+        if unseeing := blind(where):
+            raise InputError(
+                f"{'storage' if options.storage else 'results_dir'}: {where!r} is not seen from {', '.join(unseeing)}. "
+                "Name a --storage, a URL of fsspec's that all machines of the cluster reach, s3://bucket/folder say, "
+                "or a --results_dir on a disk that they share."
+            )
+        self.images = shipped(decoded(base, "train"))
+        self.settle_precision(on_a_worker(machine.resolve_precision, self.takes, base))
 
     def claim(self) -> None:
         """Make the folder; see that it can be written, and that the disk holds what is to come."""
@@ -150,24 +186,30 @@ class Campaign(Generic[Q]):
                 "Free some, name another disk, or take fewer finalists."
             )
 
-    def use(self, there: dict[str, float]) -> None:
+    def use(self, machines: Sequence[Mapping[str, float]]) -> None:
         """Settle how many trials run at once, on what."""
-        self.takes = resources.per_trial(self.question.options, there)
-        self.concurrent = resources.at_once(self.question.options, there)
+        self.takes = resources.per_trial(self.question.options, machines)
+        self.concurrent = resources.at_once(self.question.options, machines)
 
     def bytes_needed(self) -> int:
-        """Disk: a running trial's best, last and previous checkpoint, with the ones being written; those that stay."""
+        """Disk: a running trial's best, last and previous checkpoint, with the ones being written; all that stays."""
         best, last = checkpoint_bytes(self.recipes(), len(self.data.classes))
-        return self.concurrent * (2 * best + 3 * last) + self.checkpoints_kept() * best
+        record = record_bytes(len(self.question.configurations()), self.question.base.max_epochs)
+        return self.concurrent * (2 * best + 3 * last) + self.checkpoints_kept() * best + record
 
-    def epoch_estimate(self, images: int) -> float:
-        """Seconds an epoch of that many images, before any was timed."""
-        return images * seconds_per_image(self.recipes(), max(1, self.question.options.cpus_per_trial))
-
-    def epoch_timed(self, estimate: float) -> float:
-        """Seconds an epoch, from those that were timed, or the estimate."""
+    def epoch_seconds(self) -> float:
+        """Seconds an epoch: of those that were timed, else as measured before the first."""
         timed = [row["seconds"] for t in self.experiment.trials.values() for row in t.rows[-3:]]
-        return statistics.mean(timed) if timed else estimate
+        return statistics.mean(timed) if timed else self.estimate
+
+    @functools.cached_property
+    def estimate(self) -> float:
+        """Seconds an epoch, from a few small batches."""
+        options = self.question.options
+        words = self.recipes(), max(1, options.cpus_per_trial)
+        if options.address is None:
+            return len(self.data.train_indices) * seconds_per_image(*words)
+        return len(self.data.train_indices) * on_a_worker(seconds_per_image, self.takes, *words)
 
     def view(self, title: str, rungs: Sequence[int] = ()) -> View:
         """The live view."""
@@ -179,16 +221,28 @@ class Campaign(Generic[Q]):
         self, jobs: list[Job], judge: Callable[[str, Row], bool], on_end: Callable[[str, str], None], view: View
     ) -> None:
         """Run jobs with this campaign's resources, showing them."""
+        name, place = self.folder.name, self.folder / "tensorboard"
+        boards = {job.job_id: Board(place / job.job_id, job.recipe, f"{name}/{job.job_id}") for job in jobs}
+
+        def heard(job_id: str, row: Row) -> bool:
+            stop = judge(job_id, row)
+            # As curves.csv has it: an epoch that had to be trained again keeps its first row.
+            trial = self.experiment.trials.get(job_id)
+            known = [own for own in trial.rows if own["epoch"] == row["epoch"]] if trial else [row]
+            boards[job_id].add(known[0])
+            return stop
+
         with view:
             run_jobs(
                 jobs,
-                judge=judge,
+                judge=heard,
                 on_start=view.started,
                 on_end=on_end,
                 takes=self.takes,
                 concurrent=self.concurrent,
                 scratch=self.folder / "ray",
-                last_words=self.last_words(),
+                images=self.images,
+                last_words=self.last_words,
                 named=self.question.dashboard,
             )
 
@@ -196,16 +250,28 @@ class Campaign(Generic[Q]):
         """A training; a worker may stand elsewhere, so its places are absolute."""
         if recipe.data_dir is not None:
             recipe = recipe.replace(data_dir=str(Path(recipe.data_dir).absolute()))
-        return Job(job_id, recipe, self.experiment.checkpoints(job_id), self.question.options.hang_timeout)
+        options, folder = self.question.options, self.experiment.checkpoints(job_id)
+        url = options.storage and f"{options.storage}/{self.folder.name}/{job_id}"
+        return Job(job_id, recipe, folder, options.hang_timeout, storage=url)
 
     def run_trials(
         self, trial_ids: Sequence[str], view: View, decide: Callable[[str, Row], str], tidy: Callable[[], None]
     ) -> None:
         """Run trials, recording each epoch; `decide` gives the reason for which one stops, or an empty text."""
         experiment = self.experiment
+        jobs = {trial_id: self.job(trial_id, self.question.recipe(trial_id)) for trial_id in experiment.trials}
+
+        def bring(trial: Trial) -> None:
+            if trial.ended:
+                jobs[trial.trial_id].fetch()
+                jobs[trial.trial_id].forget()
+
+        for trial in experiment.trials.values():
+            bring(trial)  # an earlier driver may have died before it did
 
         def judge(trial_id: str, row: Row) -> bool:
             view.heard(trial_id, row)
+            self.gpu_share = max(self.gpu_share, row["gpu_share"])
             experiment.record(trial_id, row)
             if not finite(row):
                 reason = f"epoch {row['epoch']:.0f}: train_loss {row['train_loss']:.4g}, val_loss {row['val_loss']:.4g}"
@@ -223,12 +289,12 @@ class Campaign(Generic[Q]):
                 experiment.conclude(trial_id, "failed", self.explained(trial_id, error))
             elif trial.status == "pending" and trial.rows and (ending := self.ending(trial)):
                 experiment.conclude(trial_id, "completed", ending)
+            bring(trial)
             tidy()
             view.ended(trial_id, f"{trial.status} {trial.reason}".rstrip())
 
-        jobs = [self.job(trial_id, self.question.recipe(trial_id)) for trial_id in trial_ids]
-        if jobs:
-            self.run_jobs(jobs, judge, on_end, view)
+        if trial_ids:
+            self.run_jobs([jobs[trial_id] for trial_id in trial_ids], judge, on_end, view)
 
     def explained(self, job_id: str, error: str) -> str:
         """Ray's error of a training that failed for good; where it hung, that is the cause."""
@@ -253,20 +319,33 @@ class Campaign(Generic[Q]):
             if any(t.rows for t in self.experiment.trials.values()):
                 self.report()
         except OSError as error:
-            self.faults.append(f"the report could not be written: {error}")
+            if not self.faults:  # else it is the same once more
+                self.faults.append(f"the report could not be written: {self.told(error)}")
         for reason, count in Counter(failed).most_common():
             print(cli.paragraph(f"{count} of {len(self.experiment.trials)} trials failed: {reason}"), file=sys.stderr)
+        if failed:
+            print(cli.paragraph(f"Tracebacks: {self.place()}/ray/attempt-*/*/error.txt"), file=sys.stderr)
         for fault in self.faults:
             print(cli.paragraph(f"error: {fault}"), file=sys.stderr)
-        self.say(self.result(), always=True)
-        if self.finished():
-            return cli.DONE
-        print(self.last_words())
-        return cli.FAILED
+        done = self.finished()
+        if self.trained() and (advice := resources.advice(self.takes["GPU"], self.gpu_share)):
+            self.say(advice)
+        if not self.question.json:
+            self.say(self.result(), always=True)
+            if not done:
+                print(self.last_words())
+        return cli.DONE if done else cli.FAILED
 
     def last_words(self) -> str:
         """What is printed last where not all is done."""
+        if self.question.json:
+            return cli.as_json(self.answer() if self.before is None else [*self.before, self.answer()])
         return f"Not all is done; what was reached is kept. To go on:\n{self.question.resume_command}"
+
+    def answer(self) -> dict[str, Any]:
+        """What --json prints of it."""
+        counts = Counter[str](trial.status for trial in self.experiment.trials.values())
+        return cli.answer(self.folder, counts, None if self.finished() else self.question.resume_command)
 
     def state(self) -> str:
         """How many trials are in which state, and the best so far."""
@@ -276,9 +355,17 @@ class Campaign(Generic[Q]):
         reached = f" Best so far: {leaders[0].trial_id}, val_acc {best['val_acc']:.4f}." if best else ""
         return f"No winner yet: {', '.join(f'{n} {status}' for status, n in counts.items())}.{reached}"
 
+    def told(self, error: Exception) -> str:
+        """An error in words."""
+        if not unwritable(error):
+            return str(error)
+        assert isinstance(error, OSError)
+        where = error.filename2 or error.filename or self.place()
+        return f"{where} cannot be written ({error.strerror}). Mend that, then go on."
+
     def place(self) -> str:
-        """Where its files lie, from here."""
-        return os.path.relpath(self.folder)
+        """Where its files lie, from here if they lie below."""
+        return os.path.relpath(self.folder) if self.folder.is_relative_to(Path.cwd()) else str(self.folder)
 
     def say(self, text: str, *, always: bool = False) -> None:
         """Print a paragraph, unless --quiet."""

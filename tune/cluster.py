@@ -6,13 +6,17 @@ import contextlib
 import functools
 import logging
 import os
+import pickle
+import shutil
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cifar_lab.recipe import InputError, Recipe
 
@@ -25,18 +29,26 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `ending` has the handlers
 
-import psutil
 import ray
+import ray._private.worker
 import ray.tune
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cifar_lab import machine
+from cifar_lab.data import opened
+from cifar_lab.files import unwritable
 from tune.scheduler import ASHA
-from tune.trial import Training
+from tune.storage import Mirror, seen, token
+from tune.trial import GRADIENTS, Training
 
+T = TypeVar("T")
 PLACES = ("CIFAR_LAB_DATA", "XDG_CACHE_HOME")
 LIFE_SIGN = 5.0  # seconds between two looks whether Ray lives
+LOST = 45.0  # seconds for which the head may be silent: it may be restarted, but after 60 Ray ends the process itself
 RETRIES = 2  # of a trial that raised or whose worker died; each goes on after its last checkpoint
+NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # how torch and CUDA's libraries say it
+MORE_MEMORY = "Fewer at once (--max_concurrent) leave more to each; a smaller batch_size needs less."
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,8 @@ class Job:
     """A training to run: an id, its recipe, the folder of its checkpoints.
 
     `patience`: seconds without a step after which it is killed and tried again; `gradients` names a file for its
-    gradient histograms; `every_epoch` keeps each epoch's checkpoint, epoch-N.ckpt.
+    gradient histograms; `every_epoch` keeps each epoch's checkpoint, epoch-N.ckpt. `storage` is the URL of the
+    checkpoints where the machines do not share the folder; they are then brought to it when the training has ended.
     """
 
     job_id: str
@@ -53,18 +66,32 @@ class Job:
     patience: float = 600.0
     gradients: Path | None = None
     every_epoch: bool = False
+    storage: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """What `run_trial` gets, in primitives."""
         gradients = None if self.gradients is None else str(self.gradients)
         return vars(self) | {"recipe": self.recipe.to_dict(), "folder": str(self.folder), "gradients": gradients}
 
+    def fetch(self) -> None:
+        """Copy what the training left in its storage to its folder."""
+        if self.storage is not None:
+            Mirror(self.storage, self.folder).pull()
+            if self.gradients is not None and (brought := self.folder / GRADIENTS).exists():
+                self.gradients.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(brought, self.gradients)
+
+    def forget(self) -> None:
+        """Remove it from its storage: it has ended, and was fetched."""
+        if self.storage is not None:
+            Mirror(self.storage, self.folder).remove()
+
 
 @dataclass(frozen=True)
 class Joined:
-    """A cluster in use: its resources, CPU and GPU among them, and HOST:PORT of its dashboard, if that is served."""
+    """A cluster in use: what each machine has, CPU and GPU among it; HOST:PORT of the dashboard, if served."""
 
-    resources: dict[str, float]
+    machines: list[dict[str, float]]
     dashboard: str
 
 
@@ -81,14 +108,14 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
         "include_dashboard": dashboard,
         "dashboard_host": "127.0.0.1",
         "log_to_driver": False,
-        "logging_level": logging.ERROR,
+        "logging_level": logging.CRITICAL,
         "configure_logging": True,
     }
     # Workers do not stand where the driver does: what names a place is made absolute for them.
-    places = {name: str(Path(os.environ[name]).absolute()) for name in PLACES if os.environ.get(name)}
-    os.environ.update(places)
+    os.environ.update({name: str(Path(os.environ[name]).absolute()) for name in PLACES if os.environ.get(name)})
     if address is not None:
-        options = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": {"env_vars": places}}
+        options = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    ray._private.worker._worker_logs_enabled = False  # a dead worker is our news to tell, in a line
     try:
         context = ray.init(address=address or "local", **options)
     except Exception as error:  # Ray's own kinds of error are many, and not documented
@@ -102,7 +129,7 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
         ) from error
     try:
         yield Joined(
-            ray.cluster_resources(),  # type: ignore[no-untyped-call]
+            [node["Resources"] for node in ray.nodes() if node["Alive"]],  # type: ignore[no-untyped-call]
             context.dashboard_url or "" if dashboard else "",
         )
     finally:
@@ -110,12 +137,12 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
 
 
 @contextlib.contextmanager
-def ending(last_words: str) -> Iterator[None]:
+def ending(last_words: Callable[[], str]) -> Iterator[None]:
     """While Ray runs trials Ctrl-C and SIGTERM end them in order; a second one prints `last_words` and ends at once."""
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def in_order(*_: Any) -> None:
-        print("Ending; once more ends at once.", flush=True)
+        print("Ending; once more ends at once.", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGUSR1)  # which Ray takes for its own word to stop
 
     def too_early(*_: Any) -> None:
@@ -130,7 +157,7 @@ def ending(last_words: str) -> Iterator[None]:
         while number := os.read(heard, 1):
             received += number[0] in signals
             if received > 1:
-                print(last_words, flush=True)
+                print(last_words(), flush=True)
                 os._exit(1)  # what Ray still has to do may take long, and each epoch is on disk
 
     before = {number: signal.signal(number, in_order) for number in signals}
@@ -150,17 +177,26 @@ def ending(last_words: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alive(last_words: str) -> Iterator[None]:
-    """End the process, after `last_words`, when the Ray that it started dies: its calls would wait for ever."""
-    own = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
+def alive(last_words: Callable[[], str]) -> Iterator[None]:
+    """End the process, after `last_words`, when Ray dies, on this machine or at the head of the cluster.
+
+    Its calls would wait for ever, or end the process without a word.
+    """
+    context = ray.get_runtime_context()
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    (own,) = [node for node in nodes if node["NodeID"] == context.get_node_id()]
+    host, _, port = context.gcs_address.rpartition(":")
     ended = threading.Event()
 
     def watch() -> None:
+        heard = time.monotonic()
         while not ended.wait(LIFE_SIGN):
-            dead = [process for process in own if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE]
-            if dead and not ended.is_set():
+            if silence(host, int(port)) is None:
+                heard = time.monotonic()
+            refused = isinstance(silence(own["NodeManagerAddress"], own["NodeManagerPort"]), ConnectionRefusedError)
+            if (refused or time.monotonic() > heard + LOST) and not ended.is_set():
                 print("error: Ray has died beneath the search.", file=sys.stderr, flush=True)
-                print(last_words, flush=True)
+                print(last_words(), flush=True)
                 os._exit(1)
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -172,11 +208,49 @@ def alive(last_words: str) -> Iterator[None]:
         thread.join()
 
 
-class _Listener(ray.tune.Callback):
-    """Tells what Ray alone knows: that a trial started, ended by itself, or failed for good."""
+def blind(place: str) -> list[str]:
+    """The addresses of the cluster's machines that do not see a folder or URL which is seen from here."""
 
-    def __init__(self, on_start: Callable[[str], None], on_end: Callable[[str, str], None]) -> None:
-        self.on_start, self.on_end = on_start, on_end
+    def look(name: str) -> bool:
+        return seen(place, name)
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    with token(place) as name:
+        there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+        remote: Any = ray.remote(num_cpus=0)(look)
+        looks = [remote.options(scheduling_strategy=place).remote(name) for place in there]
+        return [node["NodeManagerAddress"] for node, saw in zip(nodes, ray.get(looks), strict=True) if not saw]
+
+
+def on_a_worker(function: Callable[..., T], takes: dict[str, float], *words: Any) -> T:
+    """What a function gives when it is called where a trial would run."""
+    remote: Any = ray.remote(num_cpus=takes["CPU"], num_gpus=takes["GPU"])(function)
+    found: T = ray.get(remote.remote(*words))
+    return found
+
+
+def shipped(folder: Path) -> dict[str, Any]:
+    """Decoded images for machines that lack them: what `run_jobs` takes as `images`, of a folder of the cache."""
+    images = opened(folder)
+    return {"name": folder.name, "held": ray.put((images.images.numpy(), images.labels.numpy(), images.classes))}
+
+
+def silence(host: str, port: int) -> OSError | None:
+    """Why nothing answers there; None where something listens."""
+    try:
+        socket.create_connection((host, port), timeout=LIFE_SIGN).close()
+    except OSError as error:
+        return error
+    return None
+
+
+class _Listener(ray.tune.Callback):
+    """Tells what Ray alone knows: that a trial started, ended by itself, failed for good, or could not write."""
+
+    def __init__(
+        self, on_start: Callable[[str], None], on_end: Callable[[str, str], None], faults: list[Exception]
+    ) -> None:
+        self.on_start, self.on_end, self.faults = on_start, on_end, faults
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as in ASHA: Ray's snapshot is never read
@@ -187,8 +261,15 @@ class _Listener(ray.tune.Callback):
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.on_end(trial.config["job"]["job_id"], "")
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        error, _ = last_failure(trial)
+        if unwritable(error):
+            self.faults.append(error)  # the next try, and every other trial, would meet the same
+
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.on_end(trial.config["job"]["job_id"], cause(trial))
+        self.on_trial_recover(iteration, trials, trial)
+        if not self.faults:
+            self.on_end(trial.config["job"]["job_id"], cause(*last_failure(trial)))
 
 
 class _StopAll(ray.tune.Stopper):
@@ -208,15 +289,29 @@ class _StopAll(ray.tune.Stopper):
         return bool(self.faults)
 
 
-def cause(trial: Any) -> str:
-    """Why a trial failed, in one line."""
-    try:
-        error = trial.get_pickled_error() or trial.get_error()
-    except Exception as unreadable:  # the error's own class may not import here
-        error = unreadable
-    error = getattr(error, "cause", None) or error
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:300]
+def last_failure(trial: Any) -> tuple[Any, str]:
+    """What a trial failed of last: the exception, None where Ray has none to give, and its text.
+
+    They are read where the driver wrote them: of a full disk the copies among the results are empty.
+    """
+    error, text = None, ""
+    with contextlib.suppress(Exception):  # the error's own class may not import here
+        text = Path(trial.error_file).read_text().rpartition("Failure # ")[2].partition("\n")[2].strip()
+        error = pickle.loads(Path(trial.pickled_error_file).read_bytes())
+    return getattr(error, "cause", None) or error, text
+
+
+def cause(error: Any, text: str) -> str:
+    """Why a trial failed, in one line, which is the same for all trials that failed of the same."""
+    kind = type(error).__name__
+    if "node running low on memory" in text:
+        return f"out of memory: Ray killed its process, for the machine ran low. {MORE_MEMORY}"
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in NO_MEMORY):
+        return f"out of memory: {kind}. {MORE_MEMORY}"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "its process died: killed, perhaps for want of memory, or crashed, or its machine was lost"
+    said = text.rpartition("\n")[2] if error is None else f"{kind}: {' '.join(str(error).split())}"
+    return said[:300]
 
 
 def run_jobs(
@@ -228,7 +323,8 @@ def run_jobs(
     takes: dict[str, float],
     concurrent: int,
     scratch: Path,
-    last_words: str = "",
+    images: dict[str, Any] | None = None,
+    last_words: Callable[[], str] = str,
     named: bool = False,
 ) -> None:
     """Run the jobs, in order, some at a time; returns when all have ended, or when Ctrl-C ended them.
@@ -241,6 +337,7 @@ def run_jobs(
         takes: CPU and GPU a job.
         concurrent: how many at once.
         scratch: Ray's own folder, in that of the whole.
+        images: `held`, a reference to the decoded training set, and its `name` in a cache, where machines may lack it.
         last_words: printed where a second Ctrl-C ends the process at once.
         named: a process of its own for each job, which Ray's dashboard can call by the job's id; it costs a job the
             seconds in which torch and Lightning are imported.
@@ -262,6 +359,7 @@ def run_jobs(
         param_space={
             "job": ray.tune.grid_search(configs),
             "takes": takes,
+            "images": images,
             "search": scratch.parent.name,
             "alone": named,
         },
@@ -279,7 +377,7 @@ def run_jobs(
             storage_path=str(scratch),
             verbose=0,
             failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[_Listener(functools.partial(guarded, on_start), functools.partial(guarded, on_end))],
+            callbacks=[_Listener(functools.partial(guarded, on_start), functools.partial(guarded, on_end), faults)],
             stop=_StopAll(faults),
         ),
     )

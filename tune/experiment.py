@@ -39,6 +39,11 @@ class Trial:
         """Whether the trial may win: it was measured, and neither diverged, failed nor is still under way."""
         return self.status in ("completed", "stopped") and bool(self.rows)
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will come of it: a failed one may still be tried again."""
+        return self.status in ("completed", "stopped", "diverged")
+
     def row(self) -> dict[str, Any]:
         """The trial's row of trials.csv; the metrics are those of its best epoch."""
         best = self.best or {}
@@ -172,7 +177,7 @@ class Experiment:
         """Remove what no one will read again: last checkpoints of ended trials, all of those beyond the best `keep`."""
         kept = {trial.trial_id for trial in self.leaders(keep)}
         for trial in self.trials.values():
-            if trial.status in ("completed", "stopped", "diverged"):
+            if trial.ended:
                 discard_state(self.checkpoints(trial.trial_id))
                 if trial.trial_id not in kept:
                     shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from cifar_lab.evaluate import t_interval, wilson
-from cifar_lab.files import size, write_csv, write_json
+from cifar_lab.files import read_json, size, write_csv, write_json
 from cifar_lab.fit import best_record
 from cifar_lab.recipe import Recipe
 from tune.campaign import Campaign
 from tune.cluster import Job
-from tune.experiment import Experiment, Status, Trial
+from tune.experiment import Status, Trial
 from tune.grid_question import GridQuestion
 from tune.report import write_grid_report
 from tune.view import duration, settings
@@ -67,14 +66,6 @@ class Setting:
         return {"setting_id": self.setting_id, **self.varied, **self.at_best(), "status": self.status, "reason": reason}
 
 
-def settings_of(question: GridQuestion, experiment: Experiment) -> list[Setting]:
-    """The settings with their trainings."""
-    return [
-        Setting(name, varied, [t for t in experiment.trials.values() if t.trial_id.partition("-")[0] == name])
-        for name, varied in question.decisive()["settings"].items()
-    ]
-
-
 def best_setting(made: Sequence[Setting]) -> Setting | None:
     """The setting with the highest mean val_acc among those that came to their end; the earlier of two equals."""
     ended = [s for s in made if s.status == "completed"]
@@ -105,7 +96,6 @@ class Grid(Campaign[GridQuestion]):
         question, base = self.question, self.question.base
         count, folds = len(question.settings), base.folds
         images = len(self.data.train_indices)
-        self.epoch_seconds = self.epoch_estimate(images)
         fields = sorted({name for setting in question.settings for name in setting})
         what = f"{count} settings of {', '.join(fields)}" if fields else "one setting"
         times = f", {folds} folds each" if folds else ""
@@ -118,7 +108,7 @@ class Grid(Campaign[GridQuestion]):
     def seconds_left(self) -> float:
         pending = [t for t in self.experiment.trials.values() if t.status == "pending"]
         epochs = sum(self.question.base.max_epochs - len(t.rows) for t in pending)
-        return max(0, epochs) * self.epoch_timed(self.epoch_seconds) / self.concurrent
+        return max(0, epochs) * self.epoch_seconds() / self.concurrent
 
     def job(self, job_id: str, recipe: Recipe) -> Job:
         made = super().job(job_id, recipe)
@@ -126,8 +116,12 @@ class Grid(Campaign[GridQuestion]):
         return dataclasses.replace(made, gradients=gradients, every_epoch=self.question.every_epoch)
 
     def settings(self) -> list[Setting]:
-        """The settings, as they stand."""
-        return settings_of(self.question, self.experiment)
+        """The settings with their trainings, as they stand."""
+        trials = self.experiment.trials.values()
+        return [
+            Setting(name, varied, [t for t in trials if t.trial_id.partition("-")[0] == name])
+            for name, varied in self.question.by_id.items()
+        ]
 
     def trained(self) -> bool:
         return not any(t.status in ("pending", "failed") for t in self.experiment.trials.values())
@@ -153,17 +147,20 @@ class Grid(Campaign[GridQuestion]):
         """Give up the settings that were poorest over the first folds."""
         # A diverged setting takes no sound one's place; a failed one may still be tried again.
         means: dict[str, float] = {}
-        for setting in self.settings():
+        made = self.settings()
+        for setting in made:
             states = {t.status for t in setting.trainings if fold_of(t.trial_id) < folds}
             if "failed" not in states:
                 means[setting.setting_id] = -1.0 if "diverged" in states else setting.at_best(folds)["val_acc"]
         kept = survivors(means, self.question.options.keep)
         cutoff = min(means[name] for name in kept)
-        for trial in self.experiment.trials.values():
-            name = trial.trial_id.partition("-")[0]
-            if name in means and name not in kept and trial.status == "pending":
-                reason = f"pruned: mean val_acc {means[name]:.4f} after {folds} folds, below {cutoff:.4f}"
-                self.experiment.conclude(trial.trial_id, "stopped", reason)
+        for setting in made:
+            mean = means.get(setting.setting_id)
+            if mean is not None and setting.setting_id not in kept:
+                reason = f"pruned: mean val_acc {mean:.4f} after {folds} folds, below {cutoff:.4f}"
+                for trial in setting.trainings:
+                    if trial.status == "pending":
+                        self.experiment.conclude(trial.trial_id, "stopped", reason)
 
     def settle(self) -> None:
         best = best_setting(self.settings())
@@ -196,8 +193,8 @@ class Grid(Campaign[GridQuestion]):
         place = self.folder / "best.json"
         if not place.exists():
             return self.state()
-        found = json.loads(place.read_text())
-        chosen = settings(self.question.decisive()["settings"][found["trial_id"]])
+        found = read_json(place)
+        chosen = settings(self.question.by_id[found["trial_id"]])
         spread = f"{found['val_low']:.4f} to {found['val_high']:.4f}" if found["val_low"] is not None else ""
         kind = f"t 95% over {self.question.base.folds} folds" if self.question.base.folds else "Wilson 95%"
         return (

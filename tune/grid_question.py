@@ -39,8 +39,13 @@ class GridQuestion(Question):
     gradients: bool = False
     every_epoch: bool = False
 
+    @property
+    def by_id(self) -> dict[str, dict[str, Any]]:
+        """The settings, by their ids."""
+        return {f"G{i:02d}": setting for i, setting in enumerate(self.settings)}
+
     def configurations(self) -> dict[str, dict[str, Any]]:
-        made = {setting_id(i): setting for i, setting in enumerate(self.settings)}
+        made = self.by_id
         if self.base.folds is None:
             return made
         # Fold by fold, so that after each all settings can be compared.
@@ -49,7 +54,7 @@ class GridQuestion(Question):
 
     def decisive(self) -> dict[str, dict[str, Any]]:
         return {
-            "settings": {setting_id(i): setting for i, setting in enumerate(self.settings)},
+            "settings": self.by_id,
             "grid": {name: getattr(self.options, name) for name in ("prune_after", "keep")},
         }
 
@@ -61,8 +66,3 @@ class GridQuestion(Question):
         if not self.settings:
             raise InputError("grid: no setting is left to try.")
         return super().checked()
-
-
-def setting_id(index: int) -> str:
-    """The id of a setting."""
-    return f"G{index:02d}"

@@ -104,7 +104,11 @@ def main(argv: Sequence[str]) -> int:
     # Ray and Lightning take seconds to import: not before the question is known to be a legal one.
     from tune.grid import Grid
 
-    return Grid(question).run()
+    grid = Grid(question)
+    status = grid.run()
+    if question.json:
+        print(cli.as_json(grid.answer()))
+    return status
 
 
 if __name__ == "__main__":

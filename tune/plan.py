@@ -13,7 +13,7 @@ from tune.space import Choice, Domain
 
 MEASURED_BATCH = 16
 PLAYED = 30  # simulated searches behind an estimate
-OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2}
+OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
 
 
 @functools.cache
@@ -48,6 +48,11 @@ def seconds_per_image(recipes: Sequence[Recipe], threads: int) -> float:
     return sum(step_seconds(r, r.precision, batch=MEASURED_BATCH, threads=threads) for r in recipes) / (
         MEASURED_BATCH * len(recipes)
     )
+
+
+def record_bytes(trials: int, max_epochs: int) -> int:
+    """Bytes of all that is no checkpoint, on the safe side: page, figures, predictions, tables, boards, Ray's files."""
+    return 5_000_000 + trials * (50_000 + 1_000 * max_epochs)
 
 
 def checkpoint_bytes(recipes: Sequence[Recipe], num_classes: int) -> tuple[int, int]:

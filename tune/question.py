@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from cifar_lab import cli
+from cifar_lab.files import read_json
 from cifar_lab.recipe import InputError, Recipe, at_least
 from tune.resources import RunOptions
 from tune.space import Domain, configuration, space_for
@@ -17,10 +18,12 @@ SWITCHES = {
     "resume": "go on with the search --name where it was interrupted, or with a larger --num_samples",
     "dashboard": "serve Ray's dashboard on 127.0.0.1 while the search runs",
     "quiet": "print nothing but errors and the last lines",
+    "json": "print nothing but errors and, at the end, JSON: best.json with the folder, how many trials are in which "
+    "status, and the command that goes on, or null",
 }
 # The options that decide a result; the others may differ when a search is resumed, but are as they were if not given.
 DECISIVE = ("num_samples", "grace_period", "reduction_factor", "finalists", "finalist_seeds")
-HOW = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "hang_timeout")
+HOW = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "hang_timeout", "storage")
 PLACES = ("data_dir",)
 
 
@@ -44,7 +47,7 @@ class SearchOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class Question(ABC):
     """What many trainings are to answer; `base` is what they share, `given` what was said of it.
 
     `earlier` is the question of the run to go on with, if any, as `to_dict` wrote it.
@@ -57,19 +60,20 @@ class Question:
     given: dict[str, Any]
     dashboard: bool = False
     quiet: bool = False
+    json: bool = False
     earlier: dict[str, Any] | None = None
 
+    @abstractmethod
     def configurations(self) -> dict[str, dict[str, Any]]:
         """The varied fields of each trial, by trial id."""
-        raise NotImplementedError
 
     def recipe(self, trial_id: str) -> Recipe:
         """The recipe of a trial."""
         return self.base.replace(**self.configurations()[trial_id])
 
+    @abstractmethod
     def decisive(self) -> dict[str, dict[str, Any]]:
         """What decides the result beside the recipe: may not change when the run is resumed."""
-        raise NotImplementedError
 
     @property
     def resume_command(self) -> str:
@@ -92,8 +96,10 @@ class Question:
         Raises:
             InputError: a recipe is impossible, or the question is another one.
         """
-        for trial_id in self.configurations():
-            self.recipe(trial_id)
+        if not self.base.validated:
+            raise InputError("val_fraction: 0.0. Trainings are compared by val_acc; legal: more than 0, or folds.")
+        for varied in self.configurations().values():
+            self.base.replace(**varied)
         if self.earlier is not None:
             _refuse_another(self.earlier, self)
         return self
@@ -137,7 +143,7 @@ def read_question(folder: Path) -> dict[str, Any]:
         InputError: there is none in that folder, or its question is damaged.
     """
     try:
-        kept: dict[str, Any] = json.loads(question_file(folder).read_text())
+        kept = read_json(question_file(folder))
         if missing := {"given", "command", "recipe", "how"} - set(kept):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return kept
@@ -158,6 +164,7 @@ class Asked:
     options: dict[str, Any]
     resume: bool
     quiet: bool
+    json: bool
     dashboard: bool
     folder: Path
     earlier: dict[str, Any] | None
@@ -166,7 +173,7 @@ class Asked:
     @property
     def common(self) -> dict[str, Any]:
         """What any Question takes of it."""
-        names = ("given", "quiet", "dashboard", "folder", "earlier", "command")
+        names = ("given", "quiet", "json", "dashboard", "folder", "earlier", "command")
         return {name: getattr(self, name) for name in names}
 
 
@@ -184,7 +191,7 @@ def read_words(
         InputError: an unknown flag, an impossible option, a folder that exists or one that does not.
     """
     given, own = cli.parse(f"python -m {module}", description, argv, options=options, switches=SWITCHES, lists=lists)
-    switches = {name: bool(own.pop(name, False)) for name in SWITCHES}
+    switches = cli.switched(SWITCHES, own)
     name = cli.settled_name(own.get("name"), given, what=what, resume=switches["resume"])
     folder = Path(own.get("results_dir", RunOptions.results_dir)).absolute() / name
     earlier = None

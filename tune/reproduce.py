@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,53 +11,54 @@ import numpy as np
 import pandas as pd
 
 from cifar_lab import cli, plots
+from cifar_lab.data import CIFAR10DataModule
 from cifar_lab.evaluate import Evaluation, evaluate, record_of_test, t_interval, wilson
-from cifar_lab.files import read_csv, write_csv, write_json
+from cifar_lab.files import read_csv, read_json, write_csv, write_json
 from tune.experiment import Experiment
-from tune.grid import Grid, Setting, settings_of
+from tune.grid import Grid, Setting
 from tune.grid_question import GridQuestion
 from tune.published import Row, update
 from tune.question import Question, SearchOptions, SearchQuestion
-from tune.report import write_grid_report, write_report
 from tune.search import Search
 from tune.study import FREE, Figure, Study, studies
 from tune.trial import epoch_checkpoint
 
 SMALL = (
     "settings.csv", "trials.csv", "curves.csv", "finalists.csv", "best.json", "per_class.csv", "confusion.csv",
-    "test.csv", "figures/*.png", "gradients/*.csv",
+    "test.csv", "test_readings.jsonl", "figures/*.png", "gradients/*.csv",
 )  # fmt: skip
 TEST_COLUMNS = ("setting_id", "epoch", "n", "test_acc", "low", "high", "test_loss", "test_macro_f1")
 Value = tuple[float, float | None, float | None, int | None]  # a figure, its interval, the images behind it
 
 
-def reproduce(study: Study, question: Question, published_dir: Path) -> int:
-    """Run what the study asks, or go on with it; then test, copy the small files, write its rows. The exit status."""
+def reproduce(study: Study, question: Question, published_dir: Path, answers: list[dict[str, Any]]) -> int:
+    """Run what the study asks, or go on with it; then test, copy the small files, write its rows. The exit status.
+
+    `answers` is what --json prints of the variants that were run before; this one's is added.
+    """
+    campaign: Grid | Search
     if isinstance(question, GridQuestion):
-        if status := Grid(question).run():
-            return status
-        rows = grid_rows(study, question)
+        campaign = Grid(question)
     else:
         assert isinstance(question, SearchQuestion)
-        if status := Search(question).run():
-            return status
-        rows = search_rows(study, question)
+        campaign = Search(question)
+    campaign.before = answers
+    if status := campaign.run():
+        answers.append(campaign.answer())
+        return status
+    rows = grid_rows(study, campaign) if isinstance(campaign, Grid) else search_rows(study, campaign.question)
     place = question.folder / "best.json"
     figures = [{name: row[name] for name in ("metric", "published", "ours", "low", "high", "reason")} for row in rows]
     told = {"name": study.name, "variant": study.variant, "scale": rows[0]["scale"], "figures": figures}
-    write_json(place, json.loads(place.read_text()) | {"study": told})
-    write_page(question)
+    write_json(place, read_json(place) | {"study": told})
+    campaign.report()
     copy(question.folder, published_dir / study.name / study.variant)
     update(published_dir, [(s.name, s.variant, unrun(s)) for v in studies().values() for s in v.values()], rows)
-    for row in rows:
+    answers.append(campaign.answer())
+    for row in [] if question.json else rows:
         beside = "" if row["published"] is None else f", published {row['published']:g}"
         print(f"{study.name} {study.variant}: {row['metric']} {_told(row['ours'])}{beside}")
     return cli.DONE
-
-
-def write_page(question: Question) -> None:
-    """Write the page again."""
-    (write_grid_report if isinstance(question, GridQuestion) else write_report)(question.folder)
 
 
 def _told(value: float | None) -> str:
@@ -102,63 +102,50 @@ def scaled(study: Study, question: Question) -> list[str]:
             continue
         told.append(f"{value} of {meant} epochs" if name == "max_epochs" else f"{name} {value} instead of {meant}")
     if isinstance(question, SearchQuestion):
-        meant = SearchOptions(**(study.search or {}))
+        declared = SearchOptions(**(study.search or {}))
         for name, what in (("num_samples", "trials"), ("finalists", "finalists"), ("finalist_seeds", "seeds")):
-            if (was := getattr(question.options, name)) != getattr(meant, name):
-                told.append(f"{was} of {getattr(meant, name)} {what}")
+            if (was := getattr(question.options, name)) != getattr(declared, name):
+                told.append(f"{was} of {getattr(declared, name)} {what}")
     return told
 
 
-def scale(study: Study, question: Question, images: int) -> str:
-    """Images, epochs, and what was scaled down."""
-    told = scaled(study, question)
+def shared_cells(question: Question, told: Sequence[str], images: int, seeds: str) -> dict[str, Any]:
+    """The cells that all rows of a run have alike; `told` is what was scaled down, of `images` training images."""
     epochs = [] if any(text.endswith("epochs") for text in told) else [f"{question.base.max_epochs} epochs"]
     whole = "" if question.base.limit_train is None else " (limit_train)"
-    return "; ".join([f"{images:,} training images{whole}", *epochs, *told])
-
-
-def shared_cells(study: Study, question: Question, best: dict[str, Any], images: int, seeds: str) -> dict[str, Any]:
-    """The cells that all rows of a run have alike."""
     return {
         "seed": seeds,
-        "scale": scale(study, question, images),
-        "hardware": best["hardware"],
+        "scale": "; ".join([f"{images:,} training images{whole}", *epochs, *told]),
+        "hardware": read_json(question.folder / "best.json")["hardware"],
         "command": question.command,
     }
 
 
-def reason(study: Study, question: Question, figure: Figure, note: str = "") -> str:
+def reason(study: Study, question: Question, told: Sequence[str], figure: Figure, note: str = "") -> str:
     """Remarks: what the figure is, what was scaled down and what it wants, what the study does otherwise."""
-    small = bool(scaled(study, question)) or question.base.limit_train is not None
+    small = bool(told) or question.base.limit_train is not None
     return _joined(figure.note, note, (small and f"scaled down: wants {study.wants}") or None, study.note)
 
 
 # Grids
 
 
-def grid_rows(study: Study, question: GridQuestion) -> list[Row]:
+def grid_rows(study: Study, grid: Grid) -> list[Row]:
     """The rows of a grid, its checkpoints tested where a published figure is of the test set."""
-    experiment = Experiment(question.folder, question.configurations())
-    made = settings_of(question, experiment)
-    best = json.loads((question.folder / "best.json").read_text())
+    question, made = grid.question, grid.settings()
     if any("test" in figure.metric for figure in study.published):
-        read_test(question, experiment, made, best)
-        best = json.loads((question.folder / "best.json").read_text())
-    images = trained_images(question)
-    cells = shared_cells(study, question, best, images, str(question.base.seed))
+        read_test(question, grid.experiment, made)
+    best = read_json(question.folder / "best.json")
+    told = scaled(study, question)
+    images = len(CIFAR10DataModule(question.base).train_indices)
+    cells = shared_cells(question, told, images, str(question.base.seed))
     rows = []
     for figure in study.published:
         value, note = grid_value(figure, question, made, best)
         why = "" if value is not None else "not tested" if note else "not run: the value was left out"
-        rows.append(_row(study, figure, value, **cells, reason=_joined(why, reason(study, question, figure, note))))
+        remarks = _joined(why, reason(study, question, told, figure, note))
+        rows.append(_row(study, figure, value, **cells, reason=remarks))
     return rows
-
-
-def trained_images(question: Question) -> int:
-    """Images that a training of this question sees in an epoch."""
-    from cifar_lab.data import CIFAR10DataModule
-
-    return len(CIFAR10DataModule(question.base).train_indices)
 
 
 def grid_value(
@@ -233,11 +220,12 @@ def _picked(metric: str) -> tuple[str, str]:
     return (name, pick) if pick in ("max", "min", "last") else (metric, "")
 
 
-def read_test(question: GridQuestion, experiment: Experiment, made: Sequence[Setting], best: dict[str, Any]) -> None:
+def read_test(question: GridQuestion, experiment: Experiment, made: Sequence[Setting]) -> None:
     """Read the test set with each setting's best checkpoint, or with every epoch's; leave test.csv."""
     folder = question.folder
     if (folder / "test.csv").exists():
         return
+    best = read_json(folder / "best.json")
     rows: list[dict[str, Any]] = []
     for setting in made:
         if setting.status != "completed":
@@ -253,8 +241,6 @@ def read_test(question: GridQuestion, experiment: Experiment, made: Sequence[Set
                 answer.write(folder)
                 write_json(folder / "best.json", best | record_of_test(answer, [answer.accuracy]))
     write_csv(folder / "test.csv", TEST_COLUMNS, rows)
-    if question.every_epoch:
-        plots.save(plots.tested(pd.DataFrame(rows)), folder / "figures" / "test.png")
     for file in folder.glob("checkpoints/*/epoch-*.ckpt"):
         file.unlink()
 
@@ -281,10 +267,11 @@ def test_row(answer: Evaluation) -> dict[str, Any]:
 def search_rows(study: Study, question: SearchQuestion) -> list[Row]:
     """The rows of a search: of its winner, over the seeds."""
     folder = question.folder
-    best = json.loads((folder / "best.json").read_text())
+    best = read_json(folder / "best.json")
     seeds = best["test_acc_seeds"]
     finalists = [row for row in read_csv(folder / "finalists.csv") if row["trial_id"] == best["trial_id"]]
-    cells = shared_cells(study, question, best, trained_images(question), " ".join(row["seed"] for row in finalists))
+    data, told = CIFAR10DataModule(question.base), scaled(study, question)
+    cells = shared_cells(question, told, len(data.train_indices), " ".join(row["seed"] for row in finalists))
     classes = {row["class"]: row for row in read_csv(folder / "per_class.csv")}
     rows = []
     for figure in study.published:
@@ -296,16 +283,9 @@ def search_rows(study: Study, question: SearchQuestion) -> list[Row]:
             value = over_seeds(seeds, best["test_n"], (best["test_low"], best["test_high"]))
         else:
             accuracies = [float(row["val_acc"]) for row in finalists]
-            value = over_seeds(accuracies, len_validation(question), None)
-        rows.append(_row(study, figure, value, **cells, reason=reason(study, question, figure)))
+            value = over_seeds(accuracies, len(data.val_indices), None)
+        rows.append(_row(study, figure, value, **cells, reason=reason(study, question, told, figure)))
     return rows
-
-
-def len_validation(question: Question) -> int:
-    """Images of the validation part."""
-    from cifar_lab.data import CIFAR10DataModule
-
-    return len(CIFAR10DataModule(question.base).val_indices)
 
 
 def over_seeds(accuracies: Sequence[float], n: int, alone: tuple[float, float] | None) -> Value:

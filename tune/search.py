@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-
 from cifar_lab.evaluate import evaluate, record_of_test
-from cifar_lab.files import size, write_json
+from cifar_lab.files import read_json, size, write_json
 from cifar_lab.fit import Row, best_record, ended_run, finite
 from cifar_lab.recipe import Recipe
 from cifar_lab.report import headline
@@ -50,7 +47,6 @@ class Search(Campaign[SearchQuestion]):
             or "nothing: all fields are fixed"
         )
         images = len(self.data.train_indices)
-        self.epoch_seconds = self.epoch_estimate(images)
         rungs = ", ".join(map(str, self.rungs.values)) or "none"
         return (
             f"{base.arch} on {base.dataset}, {images:,} training images: {options.num_samples} trials of at most "
@@ -70,7 +66,7 @@ class Search(Campaign[SearchQuestion]):
         epochs += (self.options.finalists * seeds - len(self.experiment.finalists)) * longest - sum(
             self.finalist_epochs.values()
         )
-        return max(0.0, epochs) * self.epoch_timed(self.epoch_seconds) / self.concurrent
+        return max(0.0, epochs) * self.epoch_seconds() / self.concurrent
 
     # What it does
 
@@ -111,9 +107,11 @@ class Search(Campaign[SearchQuestion]):
         def on_end(job_id: str, error: str) -> None:
             self.finalist_epochs.pop(job_id, None)
             job = jobs[job_id]
+            job.fetch()
             run = ended_run(job.folder)
             if run is not None and not error:
                 experiment.add_finalist(job_id.partition("-")[0], run)
+                job.forget()
             if error:
                 self.faults.append(f"{job_id} failed: {self.explained(job_id, error)}")
             view.ended(job_id, error or (f"val_acc {run.best['val_acc']:.4f}" if run else "interrupted"))
@@ -154,12 +152,12 @@ class Search(Campaign[SearchQuestion]):
         place = self.folder / "best.json"
         if not place.exists():
             return self.state()
-        found = json.loads(place.read_text())
+        found = read_json(place)
         recipe = self.question.recipe(found["trial_id"])
         chosen = settings({name: getattr(recipe, name) for name in self.question.space})
         return (
             f"Winner: {found['trial_id']} ({chosen or 'as given'}). {headline(found)} "
-            f"Report: {os.path.relpath(self.folder / 'report.html')}"
+            f"Report: {self.place()}/report.html"
         )
 
 

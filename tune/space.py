@@ -130,6 +130,15 @@ SPACES: dict[str, Space] = {
             "depth": Choice(18, 34),
         }
     ),
+    "speed_cnn": Space(
+        search={
+            "lr": LogUniform(3e-2, 5e-1),
+            "momentum": Choice(0.6, 0.8, 0.9),
+            "weight_decay": LogUniform(1e-3, 1e-1),
+            "batch_size": Choice(250, 500, 1000),
+            "label_smoothing": Choice(0.0, 0.1, 0.2),
+        }
+    ),
     "pretrained": Space(
         search={
             "lr": LogUniform(1e-4, 3e-2),

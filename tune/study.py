@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_lab import cli
+from cifar_lab.files import read_json
 from cifar_lab.recipe import InputError, Recipe, at_least, check_fields, nearest
 from tune.grid_question import GridOptions, GridQuestion
 from tune.kfold import combinations
@@ -180,14 +181,6 @@ def carried(study: Study, published_dir: Path) -> dict[str, Any]:
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The content of a JSON file."""
-    import json
-
-    content: dict[str, Any] = json.loads(path.read_text())
-    return content
-
-
 def question_of(
     study: Study,
     given: dict[str, Any],
@@ -197,6 +190,7 @@ def question_of(
     quiet: bool,
     dashboard: bool,
     words: str,
+    json: bool = False,
 ) -> Question:
     """What the study asks, scaled by what was given for the recipe, and for the command as its `own` options.
 
@@ -225,7 +219,7 @@ def question_of(
     fixed = {**study.base(), **carried(study, Path(options.published_dir)), **given}
     shared: dict[str, Any] = {
         "folder": folder, "command": command, "given": given, "dashboard": dashboard, "quiet": quiet,
-        "earlier": earlier,
+        "json": json, "earlier": earlier,
     }  # fmt: skip
     common = {f.name: getattr(options, f.name) for f in fields(RunOptions)}
     asked = {name: getattr(options, name) for name in ("num_samples", "finalists", "finalist_seeds", "prune_after")}
@@ -255,23 +249,30 @@ def study_folder(study: Study, results_dir: str) -> Path:
 
 def listing() -> str:
     """A line a study and variant: name, architecture, variant, published figure."""
-    rows = [
-        (s.name, s.arch, s.variant, s.headline, s.about) for variants in studies().values() for s in variants.values()
+    rows = [(s.name, s.arch, s.variant, s.headline) for variants in studies().values() for s in variants.values()]
+    widths = [*(max(len(row[i]) for row in rows) for i in range(3)), 0]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def catalogue() -> list[dict[str, Any]]:
+    """The same for scripts: study, variant, arch, about, and all published figures by their metric."""
+    return [
+        {
+            "study": study.name,
+            "variant": study.variant,
+            "arch": study.arch,
+            "about": study.about,
+            "published": {figure.label: figure.value for figure in study.published},
+        }
+        for variants in studies().values()
+        for study in variants.values()
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    return "\n".join(
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]]) for row in rows
-    )
 
 
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
-    if list(argv) == ["--list"]:
-        print(listing())
-        return cli.DONE
     name, words = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    helping = any(word in ("-h", "--help") for word in argv)
-    if not name and not helping:
+    if not name and not {"-h", "--help", "--list"} & set(argv):
         raise InputError("study: none is named. Legal: python -m tune.study NAME, or --list for the names.")
     variants = chosen(name, None) if name else []
     given, own = cli.parse(
@@ -279,10 +280,18 @@ def main(argv: Sequence[str]) -> int:
         f"{__doc__} It leaves STUDY-VARIANT in --results_dir, its small files in --published_dir.",
         words,
         options=StudyOptions,
-        switches=SWITCHES,
+        switches={
+            **SWITCHES,
+            "list": "a line a study and variant: name, architecture, published figure; nothing is run",
+        },
         default_arch=variants[0].arch if variants else "resnet",
     )
-    switches = {switch: bool(own.pop(switch, False)) for switch in SWITCHES}
+    listed, switches = own.pop("list", False), cli.switched(SWITCHES, own)
+    if listed:
+        if name or given or own:
+            raise InputError("--list: nothing but --json goes with it.")
+        print(cli.as_json(catalogue()) if switches["json"] else listing())
+        return cli.DONE
     options = StudyOptions(**own)
     if "arch" in given:
         raise InputError(f"arch: {given['arch']}. {name} is a study of {variants[0].arch}; legal: leave it away.")
@@ -299,10 +308,14 @@ def main(argv: Sequence[str]) -> int:
     # Ray and Lightning take seconds to import: not before the questions are known to be legal ones.
     from tune.reproduce import reproduce
 
+    status, answers = cli.DONE, list[dict[str, Any]]()
     for study, question in zip(asked, questions, strict=True):
-        if status := reproduce(study, question, Path(options.published_dir)):
-            return status
-    return cli.DONE
+        status = reproduce(study, question, Path(options.published_dir), answers)
+        if status != cli.DONE:
+            break
+    if switches["json"]:
+        print(cli.as_json(answers))
+    return status
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +20,41 @@ def run_trial(config: dict[str, Any]) -> None:
     Ray waits for the scheduler's decision in each report, so that a stopped trial trains no epoch in vain. The first
     report of a trial that goes on repeats its last epoch: the driver may have died before it heard of it.
     """
+    from cifar_lab import machine
+    from cifar_lab.data import CIFAR10DataModule, received
+    from cifar_lab.files import LAST
     from cifar_lab.fit import Row, fit
     from cifar_lab.gradients import GradientWatch
     from tune.heartbeat import watched
     from tune.metrics import Gauges
+    from tune.storage import Mirror
 
-    job = config["job"]
-    folder = Path(job["folder"])
-    gauges = Gauges(job["job_id"], config["search"])
+    job, images = config["job"], config["images"]
+    recipe, gauges = Recipe(**job["recipe"]), Gauges(job["job_id"], config["search"])
+    with contextlib.ExitStack() as stack:
+        mirror = None
+        folder = Path(job["folder"])
+        if job["storage"]:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="cifar_lab-")))
+            mirror = Mirror(job["storage"], folder)
+            mirror.pull()
+        gradients = folder / GRADIENTS if mirror else job["gradients"] and Path(job["gradients"])
 
-    def on_epoch(row: Row) -> None:
-        if job["every_epoch"]:
-            shutil.copyfile(folder / "last.ckpt", epoch_checkpoint(folder, int(row["epoch"])))
-        gauges.heard(row)
-        ray.tune.report(dict(row))
+        def on_epoch(row: Row) -> None:
+            if job["every_epoch"]:
+                shutil.copyfile(folder / LAST, epoch_checkpoint(folder, int(row["epoch"])))
+            if mirror:
+                mirror.push()
+            gauges.heard(row)
+            ray.tune.report({**row, "gpu_share": machine.gpu_share()})
 
-    watches = [GradientWatch(Path(job["gradients"]))] if job["gradients"] else []
-    with watched(folder, job["patience"]) as heartbeat:
-        fit(Recipe(**job["recipe"]), folder, resume=True, on_epoch=on_epoch, callbacks=[heartbeat, gauges, *watches])
+        watches = [GradientWatch(gradients)] if job["gradients"] else []
+        data = CIFAR10DataModule(recipe, received(images["name"], lambda: ray.get(images["held"]))) if images else None
+        heartbeat = stack.enter_context(watched(folder, job["patience"]))
+        fit(recipe, folder, resume=True, on_epoch=on_epoch, callbacks=[heartbeat, gauges, *watches], data=data)
+
+
+GRADIENTS = "gradients.csv"  # beside the checkpoints, while they lie in a storage
 
 
 class Training(wrap_function(run_trial)):  # type: ignore[misc]

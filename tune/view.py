@@ -6,15 +6,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cifar_lab.fit import Row
-from tune.experiment import Experiment, Trial
+if TYPE_CHECKING:
+    from cifar_lab.fit import Row
+    from tune.experiment import Experiment, Trial
 
 SHOWN = 12  # rows of the table
 HEARTBEAT = 60  # seconds after which plain output says how far it is, though no trial ended
@@ -57,7 +58,7 @@ class View:
         self.live: Live | None = None
 
     def __enter__(self) -> View:
-        if self.console.is_terminal and not self.quiet:
+        if self.console.file.isatty() and not self.quiet:  # not where FORCE_COLOR alone makes it a terminal for rich
             self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2, transient=True)
             self.live.__enter__()
         return self
