@@ -114,6 +114,12 @@ def opened(folder: Path) -> ImageSet:
     return ImageSet(images, labels, moments, classes)
 
 
+def image_moments(images: np.ndarray) -> np.ndarray:
+    """Each image's sum of pixels and of their squares: (N, 3, H, W) uint8 to (N, 2, 3) int64."""
+    wide = images.reshape(len(images), 3, -1).astype(np.int64)
+    return np.stack([wide.sum(2), (wide**2).sum(2)], 1)
+
+
 def _decode_into(folder: Path, decode: Callable[[], Decoded]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -121,8 +127,7 @@ def _decode_into(folder: Path, decode: Callable[[], Decoded]) -> None:
             if folder.exists():
                 return
             images, labels, classes = decode()
-            wide = images.reshape(len(images), 3, -1).astype(np.int64)
-            moments = np.stack([wide.sum(2), (wide**2).sum(2)], 1)
+            moments = image_moments(images)
             # Written aside and renamed, so that a killed decode leaves nothing that looks whole.
             aside = Path(tempfile.mkdtemp(dir=folder.parent))
             try:

@@ -90,7 +90,8 @@ class Recorder(Checkpoint):
         assert isinstance(pl_module, ImageClassifier)
         measured = {**pl_module.metrics, "lr": self.lr, "seconds": time.perf_counter() - self.start}
         row: Row = {"epoch": trainer.current_epoch + 1, **measured}
-        row = {name: row[name] for name in CURVE_COLUMNS if name in row}
+        validated = self.run.recipe.validated
+        row = {name: row[name] for name in CURVE_COLUMNS if validated or not name.startswith("val_")}
         history = self.run.history
         history.append(row)
         self.run.diverged = not finite(row)

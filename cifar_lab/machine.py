@@ -84,6 +84,12 @@ def reuse_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def computes(precision: str) -> bool:
+    """Whether the processor computes in a precision: without AVX-512 a CPU emulates bf16, hundreds of times slower."""
+    capable = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
+    return precision == "32" or device().type != "cpu" or capable
+
+
 def resolve_precision(recipe: Recipe) -> Recipe:
     """The recipe with `precision` measured where it is "auto": the faster of 32 and bf16 for this architecture, here.
 
@@ -91,8 +97,7 @@ def resolve_precision(recipe: Recipe) -> Recipe:
     """
     if recipe.precision != "auto":
         return recipe
-    # Without AVX-512 a CPU emulates bf16, hundreds of times slower: not worth the measuring.
-    if device().type == "cpu" and not torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX")):
+    if not computes("bf16"):
         return recipe.replace(precision="32")
     place = cache_folder() / "precision.json"
     network = json.dumps(recipe.network_parameters(), sort_keys=True)

@@ -123,7 +123,7 @@ def test_the_fraction_that_is_suggested_holds_as_many_trials_as_it_says() -> Non
     for share in (0.011, 0.03, 0.07, 0.13, 0.2, 0.39):
         told = resources.advice(1.0, share)
         fraction, count = float(told.split("--gpus_per_trial ")[1].split()[0]), int(told.split("up to ")[1].split()[0])
-        assert resources.at_once(SearchOptions(gpus_per_trial=fraction), {"CPU": 99, "GPU": 1}) == count
+        assert resources.at_once(SearchOptions(gpus_per_trial=fraction), [{"CPU": 99, "GPU": 1}]) == count
         assert count * 1.25 * share <= 1
 
 

@@ -71,9 +71,11 @@ class Machine:
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
         inside = ["nsenter", "--target", str(self.holder.pid), "--mount", "--net", *words]
+        # What was said to Ray on this machine, by a variable or another test, is not said there.
+        given = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         own = {"XDG_CACHE_HOME": f"{self.disk}/cache", "EPOCHS_TRAINED": f"{self.disk}/epochs", **TOKEN, **environment}
         return subprocess.Popen(
-            inside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **own}, cwd=ROOT
+            inside, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**given, **own}, cwd=ROOT
         )
 
     def run(self, *words: str, **environment: str) -> str:

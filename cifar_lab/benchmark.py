@@ -1,0 +1,304 @@
+"""What this machine does, beside what else one could use; python -m cifar_lab.benchmark.
+
+Its largest matrix product, the images a second of every architecture and what part of that peak they reach, batched
+augmentation against torchvision's loader, Lightning against a bare loop. Pixels are noise, nothing is downloaded. What is
+compared is timed in turn; every figure is a median of five.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cifar_lab import cli, machine, progress
+from cifar_lab.models import ARCHITECTURES
+from cifar_lab.recipe import InputError, Recipe, at_least, check_fields, nearest
+
+PRECISIONS = ("32", "bf16")
+LOADER_WORKERS, LOADER_BATCH = 2, 128
+TRANSFORMS: dict[str, dict[str, Any]] = {"crop, flip": {}, "crop, flip, rotate": {"rotate": 15.0}}
+# The recipes whose loops are compared, with how many images an epoch: enough that an epoch takes about a second.
+LOOPS: dict[str, dict[str, Any]] = {
+    "resnet": {"width": 16, "batch_size": 128},
+    "classic_cnn": {"batch_size": 64},
+}
+SWITCHES = {"quiet": "print the table only", "json": "print JSON alone"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkOptions:
+    """What is measured.
+
+    Args:
+        batch_size: images a step of the architectures.
+    """
+
+    batch_size: int = at_least(2, 32, " images")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The command: a table, or JSON."""
+    prog = "python -m cifar_lab.benchmark"
+    parser = cli.Parser(prog=prog, description=__doc__ or "", allow_abbrev=False)
+    parser.options = (BenchmarkOptions,)
+    parser.add_class_arguments(BenchmarkOptions, None)
+    parser.add_argument("--archs", nargs="+", help="the architectures; default: all")
+    for name, text in SWITCHES.items():
+        parser.add_argument(f"--{name}", action="store_true", help=text)
+    asked = parser.parse_args(list(argv))
+    options = BenchmarkOptions(batch_size=asked.batch_size)
+    archs = list(asked.archs or ARCHITECTURES)
+    for arch in archs:
+        if arch not in ARCHITECTURES:
+            raise InputError(f"--archs: {arch!r}{nearest(arch, ARCHITECTURES)} Legal: {', '.join(ARCHITECTURES)}.")
+    found = measure(archs, options.batch_size) | {"command": cli.command("cifar_lab.benchmark", argv)}
+    print(cli.as_json(found) if asked.json else table(found))
+    return cli.DONE
+
+
+def measure(archs: Sequence[str], batch_size: int) -> dict[str, Any]:
+    """All figures, as --json prints them.
+
+    Returns:
+        gemm_tflops: the largest matrix product, 1e12 operations a second, in the precision that reaches most;
+            gemm_tflops_by_precision has both.
+        images_per_second: an architecture's forward and backward pass, by architecture and precision.
+        peak_fraction: the operations of that pass over those of a matrix product of the same precision.
+        augment_ratio: images a second of batches that are cropped, flipped and normalised, over those of torchvision's
+            loader with two workers; augment_ratios has it by transforms.
+        lightning_ratio: seconds of the training loop of `fit` over those of a bare loop, for a resnet of batches of
+            128; lightning_ratios has it by architecture.
+        hardware, versions: of this machine.
+    """
+    jobs = len(archs) * len(PRECISIONS) + len(TRANSFORMS) + len(LOOPS)
+    with progress.Bar("measuring", jobs) as bar:
+        precisions = [precision for precision in PRECISIONS if machine.computes(precision)]
+        peaks = {precision: gemm_flops(precision) / 1e12 for precision in precisions}
+        speeds: dict[str, dict[str, float]] = {}
+        fractions: dict[str, dict[str, float]] = {}
+        for i, arch in enumerate(archs):
+            recipe = Recipe(arch=arch, batch_size=batch_size)
+            flops = image_flops(recipe)
+            for precision in precisions:
+                bar.reached(i * len(PRECISIONS))
+                speed = batch_size / machine.step_seconds(recipe, precision)
+                speeds.setdefault(arch, {})[precision] = speed
+                fractions.setdefault(arch, {})[precision] = speed * flops / (peaks[precision] * 1e12)
+        bar.reached(len(archs) * len(PRECISIONS))
+        augment = {name: augment_ratio(fields) for name, fields in TRANSFORMS.items()}
+        bar.reached(jobs - len(LOOPS))
+        loops = {arch: lightning_ratio(Recipe(arch=arch, **fields)) for arch, fields in LOOPS.items()}
+    return {
+        "gemm_tflops": max(peaks.values()),
+        "gemm_tflops_by_precision": peaks,
+        "batch_size": batch_size,
+        "images_per_second": speeds,
+        "peak_fraction": fractions,
+        "augment_ratio": augment["crop, flip"],
+        "augment_ratios": augment,
+        "lightning_ratio": loops["resnet"],
+        "lightning_ratios": loops,
+        "hardware": machine.hardware(),
+        "versions": machine.versions(),
+    }
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds of some work, with what a GPU still has to do of it."""
+    import torch
+
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def gemm_flops(precision: str) -> float:
+    """Operations a second of a large square matrix product."""
+    import torch
+
+    here = machine.device()
+    side = 8192 if here.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    left, right = torch.rand(2, side, side, device=here).to(dtype).unbind()
+    seconds = [timed(lambda: left @ right) for _ in range(machine.REPEATS + 1)]
+    return 2 * side**3 / statistics.median(seconds[1:])
+
+
+def image_flops(recipe: Recipe) -> float:
+    """Operations an image, of the matrix products and convolutions of a forward and backward pass."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from cifar_lab.models import build
+
+    network, batch = build(recipe, 10), 2
+    counter = FlopCounterMode(display=False)
+    with counter:
+        network(torch.rand(batch, 3, 32, 32)).sum().backward()
+    return counter.get_total_flops() / batch
+
+
+def noise(count: int) -> Any:
+    """An ImageSet of ten classes with nothing in it to learn."""
+    import numpy as np
+    import torch
+
+    from cifar_lab.data import SIDE, ImageSet, image_moments
+
+    images = np.random.default_rng(0).integers(0, 256, (count, 3, SIDE, SIDE), dtype=np.uint8)
+    labels = torch.arange(count) % 10
+    moments = torch.from_numpy(image_moments(images))
+    return ImageSet(torch.from_numpy(images), labels, moments, tuple("0123456789"))
+
+
+def augment_ratio(fields: dict[str, Any], count: int = 5_000) -> float:
+    """Images a second, augmented and normalised, over those of torchvision's per-image loader with the same transforms.
+
+    Its workers are running when the first image is wanted. Both give float batches on the CPU.
+
+    Args:
+        fields: the recipe's, of the augmentation.
+        count: images a pass.
+    """
+    import torch
+    from PIL import Image
+    from torchvision import transforms
+
+    from cifar_lab.data import CIFAR10DataModule, normalise
+
+    images = noise(count)
+    data = CIFAR10DataModule(Recipe(val_fraction=0, batch_size=LOADER_BATCH, **fields), images)
+    data.images, data.labels = images.images, images.labels
+    mean, std = data.mean[:, None, None], data.std[:, None, None]
+    recipe = data.recipe
+    turned = [transforms.RandomRotation(recipe.rotate, transforms.InterpolationMode.BILINEAR)] if recipe.rotate else []
+    change = transforms.Compose(
+        [
+            transforms.RandomCrop(32, recipe.crop),
+            transforms.RandomHorizontalFlip(),
+            *turned,
+            transforms.ToTensor(),
+            transforms.Normalize(data.mean.tolist(), data.std.tolist()),
+        ]
+    )
+    loader = torch.utils.data.DataLoader(
+        _Pictures(images, lambda pixels: change(Image.fromarray(pixels))),
+        LOADER_BATCH,
+        shuffle=True,
+        num_workers=LOADER_WORKERS,
+        persistent_workers=True,
+        multiprocessing_context="fork",  # as on Linux by default until Python 3.14
+    )
+    batches = data.train_dataloader()
+
+    def ours() -> None:
+        for pixels, _ in batches:
+            normalise(pixels, mean, std)
+
+    def theirs() -> None:
+        for _ in loader:
+            pass
+
+    ratios = [timed(theirs) / timed(ours) for _ in range(machine.REPEATS + 1)]
+    return statistics.median(ratios[1:])
+
+
+class _Pictures:
+    """Images with their labels, one at a time, as torchvision's datasets give them."""
+
+    def __init__(self, images: Any, change: Callable[[Any], Any]) -> None:
+        self.pixels, self.labels = images.images.permute(0, 2, 3, 1).contiguous().numpy(), images.labels.tolist()
+        self.change = change
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return self.change(self.pixels[index]), self.labels[index]
+
+
+def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
+    """Seconds of an epoch's training loop in `fit` over those of a bare loop of the same steps, without any metric.
+
+    The two take turns, an epoch each. Validation and checkpoints, which a bare loop may have or not, are not in it.
+
+    Args:
+        recipe: what is trained.
+        count: images an epoch, a second's worth where 0.
+    """
+    import torch
+    import torch.nn.functional as F
+    from pytorch_lightning.callbacks import Callback
+
+    from cifar_lab import optim
+    from cifar_lab.data import CIFAR10DataModule, normalise
+    from cifar_lab.fit import fit
+    from cifar_lab.layers import memory_format
+    from cifar_lab.models import build
+
+    recipe = machine.resolve_precision(recipe.replace(val_fraction=0, max_epochs=machine.REPEATS + 1))
+    seconds = machine.step_seconds(recipe, recipe.precision)
+    count = count or recipe.batch_size * max(10, round(1 / seconds))
+    data = CIFAR10DataModule(recipe, noise(count))
+    here = machine.device()
+    mean, std = data.mean[:, None, None].to(here), data.std[:, None, None].to(here)
+    network = build(recipe, len(data.classes))
+    layout = memory_format(network)
+    network = network.to(here, memory_format=layout)  # type: ignore[call-overload]
+    network.train()
+    optimizer = optim.optimizer(recipe, network.parameters())
+
+    def bare() -> None:
+        for images, labels in data.train_dataloader():
+            with torch.autocast(here.type, dtype=torch.bfloat16, enabled=recipe.precision == "bf16"):
+                logits = network(normalise(images, mean, std).contiguous(memory_format=layout))
+            loss = F.cross_entropy(logits.float(), labels)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+
+    ratios: list[float] = []
+
+    class Turns(Callback):
+        def on_train_epoch_start(self, *_: Any) -> None:
+            self.start = time.perf_counter()
+
+        def on_train_epoch_end(self, *_: Any) -> None:
+            if here.type == "cuda":
+                torch.cuda.synchronize()
+            own = time.perf_counter() - self.start
+            ratios.append(own / timed(bare))
+
+    with tempfile.TemporaryDirectory() as folder:
+        fit(recipe, folder, callbacks=[Turns()], data=data)
+    return statistics.median(ratios[1:])
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures as text, at most 80 wide."""
+    peaks = found["gemm_tflops_by_precision"]
+    lines = [cli.paragraph(f"{found['hardware']}; torch {found['versions']['torch']}"), ""]
+    lines += [f"matrix product, {name:>4}  {peak:10.2f} TFLOP/s" for name, peak in peaks.items()]
+    lines += ["", f"forward and backward, batches of {found['batch_size']}; images/s, and of the matrix product"]
+    lines.append(f"{'':18}" + "".join(f"{name:>12}{'':>8}" for name in peaks))
+    for arch, speeds in found["images_per_second"].items():
+        shares = found["peak_fraction"][arch]
+        lines.append(f"{arch:18}" + "".join(f"{speeds[name]:12,.0f}{shares[name]:8.0%}" for name in peaks))
+    lines += ["", "images/s over those of torchvision's loader with two workers"]
+    lines += [f"{name:18}{ratio:12.1f}" for name, ratio in found["augment_ratios"].items()]
+    lines += ["", "seconds of Lightning's loop over those of a bare one"]
+    lines += [f"{name:18}{ratio:12.3f}" for name, ratio in found["lightning_ratios"].items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)
