@@ -1,8 +1,8 @@
 """What this machine does, beside what else one could use; python -m cifar_lab.benchmark.
 
 Its largest matrix product, the images a second of every architecture and what part of that peak they reach, batched
-augmentation against torchvision's loader, Lightning against a bare loop. Pixels are noise, nothing is downloaded. What is
-compared is timed in turn; every figure is a median of five.
+augmentation against torchvision's loader, Lightning against a bare loop. Pixels are noise, nothing is downloaded.
+What is compared is timed in turn; every figure is a median of five.
 """
 
 from __future__ import annotations

@@ -244,5 +244,11 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, interrupt)
-    with exit_status():
-        sys.exit(main(sys.argv[1:]))
+    try:
+        with exit_status():
+            status = main(sys.argv[1:])
+            sys.stdout.flush()
+            sys.exit(status)
+    except BrokenPipeError:  # whoever read the output, `head` perhaps, has had enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)

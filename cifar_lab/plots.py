@@ -86,7 +86,7 @@ def curves(table: pd.DataFrame, metric: str = "acc", *, legend: bool = True) -> 
         legend: whether the legend stands beside the axes.
 
     The legend, best trial first, gives each trial's best validation and training value: the maximum of an accuracy,
-    the minimum of a loss.
+    the minimum of a loss; of one that did not validate, the latter only.
     """
     ranked = ranking(table)
     figure = Figure(figsize=(WIDTH, 3.6))
@@ -94,7 +94,8 @@ def curves(table: pd.DataFrame, metric: str = "acc", *, legend: bool = True) -> 
     for place, row in enumerate(ranked.reset_index().to_dict("records")):
         own = table[table.trial_id == row["trial_id"]]
         marker = "o" if len(own) == 1 else None
-        label = f"{row['trial_id']}  {row[f'val_{metric}']:.3f}  {row[f'train_{metric}']:.3f}"
+        parts = [part for part in ("val", "train") if own[f"{part}_{metric}"].notna().any()]
+        label = "  ".join([row["trial_id"], *(f"{row[f'{part}_{metric}']:.3f}" for part in parts)])
         axes.plot(
             own.epoch, own[f"val_{metric}"], color=row["color"], lw=2, marker=marker, ms=4, label=label,
             zorder=3 - place / 100,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,8 @@ def context(folder: Path, best: dict[str, Any]) -> str:
         limit = recipe["limit_train"]
         images = f"{limit:,} images only (limit_train)" if limit else "all training images"
         held_out = f"{recipe['val_fraction']:.0%} of the training set held out for validation"
+        if not recipe["val_fraction"]:
+            held_out = "none held out: the last epoch counts"
         if recipe.get("folds"):
             held_out = f"in {recipe['folds']} folds"
         told["trained on"] = f"{images}, {held_out}; at most {recipe['max_epochs']} epochs"
@@ -378,7 +381,9 @@ def legend(curves: pd.DataFrame, metric: str) -> str:
     items = []
     for row in plots.ranking(curves).reset_index().to_dict("records"):
         swatch = f'<i style="background:{plots.themed(row["color"])}"></i>'
-        values = f"<strong>{shown(row[f'val_{metric}'])}</strong> {shown(row[f'train_{metric}'])}"
+        best = row[f"val_{metric}"]
+        validated = "" if math.isnan(best) else f"<strong>{shown(best)}</strong> "
+        values = f"{validated}{shown(row[f'train_{metric}'])}"
         items.append(f"<li>{swatch}{html.escape(row['trial_id'])} {values}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 

@@ -46,7 +46,9 @@ def test_what_lightning_costs_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.Tensor, "backward", counted(torch.Tensor.backward, steps))
     ratio = benchmark.lightning_ratio(Recipe(arch="classic_cnn", batch_size=16), count=64)
     epochs = machine.REPEATS + 1
-    assert steps.count("fit") == 4 * epochs and steps.count("backward") == 2 * 4 * epochs, "the same steps on both sides"
+    assert steps.count("fit") == 4 * epochs and steps.count("backward") == 2 * 4 * epochs, (
+        "the same steps on both sides"
+    )
     assert ratio > 3
 
 
@@ -78,7 +80,9 @@ def test_json_has_the_figures_by_architecture_and_precision(
     speeds = {"32": 50.0} if emulated else {"32": 50.0, "bf16": 100.0}
     assert found["images_per_second"] == {"classic_cnn": speeds, "compact_cnn": speeds}
     flops = benchmark.image_flops(Recipe(arch="compact_cnn"))
-    assert found["peak_fraction"]["compact_cnn"] == {name: pytest.approx(v * flops / 1e11) for name, v in speeds.items()}
+    assert found["peak_fraction"]["compact_cnn"] == {
+        name: pytest.approx(v * flops / 1e11) for name, v in speeds.items()
+    }
     assert found["gemm_tflops"] == 0.1
     assert found["augment_ratio"] == 25 and found["lightning_ratio"] == 1.128
     assert found["lightning_ratios"] == {"resnet": 1.128, "classic_cnn": 1.064}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,14 @@ TINY = ["--arch", "classic_cnn", "--dataset", "digits", "--limit_train", "100", 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
+
+
+def test_a_reader_that_has_had_enough_is_no_error_of_ours() -> None:
+    asked = [sys.executable, "-m", "cifar_lab.cache"]
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(120)) == ("", 1)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +179,9 @@ def test_a_training_without_validation_says_so_and_can_be_tested(
     best = json.loads((tmp_path / "one" / "best.json").read_text())
     assert best["epoch"] == 2 and best["val_acc"] is None
     assert evaluate([str(tmp_path / "one" / "checkpoints" / "best.ckpt"), "--quiet"]) == 0
-    assert "Test accuracy" in (tmp_path / "one" / "report.html").read_text()
+    page = (tmp_path / "one" / "report.html").read_text()
+    assert "Test accuracy" in page and "none held out: the last epoch counts" in page
+    assert not re.search(r"\bnan\b", page)
 
 
 def test_a_diverged_training_exits_1_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

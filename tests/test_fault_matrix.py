@@ -389,8 +389,11 @@ def test_thirty_trials_never_take_more_disk_than_was_said(search: Search, finish
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    question = "--arch resnet --depth 18 --width 8 --dataset digits --limit_train 20 --batch_size 10 --max_epochs 2"
-    words = [*question.split(), "--precision", "32", "--finalists", "1", "--finalist_seeds", "1", "--max_concurrent", "2"]
+    question = (
+        "--arch resnet --depth 18 --width 8 --dataset digits --limit_train 20 --batch_size 10 --max_epochs 2 "
+        "--precision 32 --finalists 1 --finalist_seeds 1 --max_concurrent 2"
+    )
+    words = question.split()
     with captured(search.place) as said:
         status = asha.main(["--results_dir", str(search.results), "--name", "many", *search.command()[-2:], *words])
     ended.set()

@@ -138,11 +138,14 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
 
 @contextlib.contextmanager
 def ending(last_words: Callable[[], str]) -> Iterator[None]:
-    """While Ray runs trials Ctrl-C and SIGTERM end them in order; a second one prints `last_words` and ends at once."""
+    """While Ray runs trials Ctrl-C and SIGTERM end them in order; a second one ends at once.
+
+    `last_words` are printed at either: who sends the first, `ray job stop` say, may kill before the end is reached.
+    """
     signals = (signal.SIGINT, signal.SIGTERM)
 
     def in_order(*_: Any) -> None:
-        print("Ending; once more ends at once.", file=sys.stderr, flush=True)
+        print(f"Ending; once more ends at once. {last_words()}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGUSR1)  # which Ray takes for its own word to stop
 
     def too_early(*_: Any) -> None:
@@ -338,7 +341,7 @@ def run_jobs(
         concurrent: how many at once.
         scratch: Ray's own folder, in that of the whole.
         images: `held`, a reference to the decoded training set, and its `name` in a cache, where machines may lack it.
-        last_words: printed where a second Ctrl-C ends the process at once.
+        last_words: printed when Ctrl-C or SIGTERM comes.
         named: a process of its own for each job, which Ray's dashboard can call by the job's id; it costs a job the
             seconds in which torch and Lightning are imported.
     """
