@@ -393,7 +393,7 @@ def check_replaceable(output: Path, digest: str, images: Path | None) -> None:
     from cifar_lab.files import read_json
 
     there = read_json(output / "best.json") if (output / "best.json").exists() else {}
-    same = there.get("sha256", digest) == digest and ("images" in there) == (images is not None)
+    same = there.get("sha256") == digest and ("images" in there) == (images is not None)
     if (output / "trials.csv").exists() or (there and not same):
         raise InputError(
             f"output: {str(output)!r} holds other results, which are not overwritten. Legal: another folder."
@@ -414,7 +414,9 @@ def asked_of(argv: Sequence[str]) -> Any:
     parser.add_argument("--corruptions", nargs="+", help=f"corrupt the images too: all, or {', '.join(CORRUPTIONS)}")
     parser.add_argument("--severity", nargs="+", help="of the corruptions, 1 to 5; default: all five")
     parser.add_argument("--tta", default="none", help=f"test-time augmentation, reported beside: {', '.join(TTA)}")
-    parser.add_argument("--output", help="folder for the files; default: the run's, where the checkpoint lies in one")
+    parser.add_argument(
+        "--output", help="folder for the files; default: the run's for its best checkpoint, else the checkpoint's own"
+    )
     parser.add_argument("--data_dir", help="where the dataset lies now, if no longer where the recipe says")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the accuracy")
@@ -437,16 +439,19 @@ def main(argv: Sequence[str]) -> int:
     """The command: evaluate one checkpoint, leaving the files beside it or in --output."""
     asked = asked_of(argv)
     # Lightning takes seconds to import: not before the flags are known to be legal ones.
+    from cifar_lab import machine
     from cifar_lab.files import read_json, write_csv, write_json
+    from cifar_lab.fit import identity
     from cifar_lab.report import headline, write_report
 
     checkpoint, images = Path(asked.checkpoint), Path(asked.images).absolute() if asked.images else None
     evaluator = Evaluator(checkpoint, data_dir=asked.data_dir, images=images)
-    run = checkpoint.absolute().parent.parent
+    run = run_folder(checkpoint)
     # The run's best.json speaks of one checkpoint only.
     best = read_json(run / "best.json") if (run / "best.json").exists() else {}
     own = best.get("sha256") == evaluator.sha256
-    home = run if own else checkpoint.absolute().parent
+    # A search's files are its own, those on its winner too.
+    home = run if own and not (run / "trials.csv").exists() else checkpoint.absolute().parent
     default = home if images is None else home / f"images-{images.name}"
     output = Path(asked.output) if asked.output else default
     check_replaceable(output, evaluator.sha256, images)
@@ -467,8 +472,11 @@ def main(argv: Sequence[str]) -> int:
         rows = corrupted(evaluator, asked.corruptions, asked.severity, result.accuracy, say)
     # Of what the run's best.json says, that which is not of an evaluation; of corruptions if they are not read again.
     kept = {key: value for key, value in best.items() if not key.startswith(("test_", "tta"))} if own else {}
-    if own:
-        kept["checkpoint"] = os.path.relpath(checkpoint, output)
+    if not own:
+        who = identity(evaluator.model, checkpoint)
+        kept = {name: who[name] for name in ("recipe", "sha256", "versions")}
+        kept |= {"hardware": machine.hardware(), "command": cli.command("cifar_lab.evaluate", argv)}
+    kept["checkpoint"] = os.path.relpath(checkpoint, output)
     if output.resolve() != run.resolve():
         kept.pop("corruptions_acc", None)
     if images is None:

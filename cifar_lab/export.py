@@ -219,7 +219,7 @@ def model_card(
     recipe = model.recipe
     mean, std = (" / ".join(f"{v:.4f}" for v in values.flatten().tolist()) for values in (model.mean, model.std))
     training = "How it was trained is not recorded beside it."
-    if best:
+    if "epoch" in best:  # else it speaks of an evaluation only
         training = f"On {best['hardware']}, with {_versions(best)}:\n\n```\n{best['command']}\n```\n"
     return CARD_TEXT.format(
         arch=recipe.arch,
@@ -282,10 +282,12 @@ def _results(best: Record, run: Path, recipe: Recipe) -> str:
 
     if not best:
         return "None is recorded beside the checkpoint. Not tested."
-    lines = [f"- Trained without validation, to epoch {best['epoch']}."]
-    if best["val_acc"] is not None:
+    lines = []
+    if best.get("val_acc") is not None:
         chosen = interval(best, "val") if "val_low" in best else ""
         lines = [f"- Validation accuracy {percent(best['val_acc'], 2)}{chosen}, at epoch {best['epoch']}."]
+    elif "epoch" in best:
+        lines = [f"- Trained without validation, to epoch {best['epoch']}."]
     if "test_acc" not in best:
         return "\n".join([*lines, "- Not tested."])
     lines.append(f"- Test accuracy of this checkpoint {percent(best['test_acc'], 2)}{interval(best, 'test')}.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -244,9 +245,7 @@ def quiet_lightning() -> None:
 def trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:
     """A Trainer on this process's device, in the recipe's precision, that writes nothing of its own."""
     quiet_lightning()
-    machine.reuse_memory()
-    if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")
+    machine.settle()
     return pl.Trainer(
         accelerator=machine.device().type,
         devices=1,
@@ -359,7 +358,7 @@ def fit(
     try:
         made.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C, of which it lets no second one through
-        if not made.interrupted:
+        if not made.interrupted or threading.current_thread() is not threading.main_thread():
             raise
         signal.signal(signal.SIGINT, interrupt)
         raise KeyboardInterrupt from None

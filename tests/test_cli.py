@@ -31,6 +31,16 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
 
 
+def test_a_search_that_died_before_it_began_leaves_its_name_free(tmp_path: Path) -> None:
+    words = [*TINY, "--name", "one", "--results_dir", str(tmp_path)]
+    (tmp_path / "one" / "ray").mkdir(parents=True)
+    (tmp_path / "one" / "ray" / "lock").touch()
+    assert ask(words).folder == tmp_path / "one"
+    (tmp_path / "one" / "ray" / "search.json").write_text("{}")
+    with pytest.raises(InputError, match=r"'one' exists in .* already, and results are never overwritten"):
+        ask(words)
+
+
 def test_a_reader_that_has_had_enough_is_no_error_of_ours() -> None:
     asked = [sys.executable, "-m", "cifar_lab.cache"]
     with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:

@@ -112,6 +112,38 @@ def test_a_trial_that_hangs_is_killed_and_goes_on_after_its_last_epoch(
     assert not processes(str(tmp_path)), "nothing watches a training that has ended"
 
 
+def test_a_worker_that_dies_between_two_trials_costs_neither(
+    processors: list[dict[str, float]], tmp_path: Path
+) -> None:
+    heard: list[tuple[str, int]] = []
+    ended: dict[str, str] = {}
+
+    def judge(job_id: str, row: dict[str, Any]) -> bool:
+        heard.append((job_id, int(row["epoch"])))
+        if job_id != "T000":
+            return False
+        (beat,) = processes(f"{tmp_path / 'T000' / HUNG}")
+        os.kill(beat.ppid(), signal.SIGKILL)
+        return True
+
+    run(tmp_path, jobs(tmp_path, dataset="digits"), judge=judge, on_end=ended.__setitem__)
+    assert heard == [("T000", 1), *((job, epoch) for job in ("T001", "T002") for epoch in (1, 2, 3))]
+    assert ended == {"T000": "", "T001": "", "T002": ""}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_that_comes_when_all_is_trained_is_heard(
+    number: int, processors: list[dict[str, float]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def on_end(job_id: str, error: str) -> None:
+        if job_id == "T002":
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, jobs(tmp_path, dataset="digits"), on_end=on_end, last_words=lambda: "To go on: ...")
+    assert "Ending; once more ends at once. To go on: ..." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("server", ["head", "raylet"])
 def test_the_process_ends_with_its_last_words_when_ray_is_gone(
     processors: list[dict[str, float]],

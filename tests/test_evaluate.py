@@ -524,15 +524,42 @@ def test_results_of_something_else_are_never_overwritten(
     torch.save({**content, "note": "another"}, run / "checkpoints" / "another.ckpt")
     (tmp_path / "search").mkdir()
     (tmp_path / "search" / "trials.csv").write_text("trial_id\n")
+    assert main([checkpoint_of(run), "--quiet", "--output", str(tmp_path / "out")]) == 0
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     for words in (
         [checkpoint_of(run), "--images", str(own), "--output", str(run)],
         [str(run / "checkpoints" / "another.ckpt"), "--output", str(run)],
+        [str(run / "checkpoints" / "another.ckpt"), "--output", str(tmp_path / "out")],
         [checkpoint_of(run), "--output", str(tmp_path / "search")],
     ):
         with pytest.raises(InputError, match="holds other results, which are not overwritten"):
             main(words)
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_that_its_run_does_not_speak_of_has_its_recipe_on_its_page(run: Path) -> None:
+    best = best_of(run)
+    (run / "best.json").write_text(json.dumps(best | {"sha256": "0" * 64}))
+    before = (run / "best.json").read_bytes()
+    assert main([checkpoint_of(run), "--quiet"]) == 0
+    found = best_of(run / "checkpoints")
+    assert (found["recipe"], found["sha256"]) == (best["recipe"], best["sha256"])
+    assert found["checkpoint"] == "best.ckpt" and found["command"].startswith("python -m cifar_lab.evaluate ")
+    page = (run / "checkpoints" / "report.html").read_text()
+    assert "all training images, 10% of the training set held out" in page
+    assert (run / "best.json").read_bytes() == before
+
+
+def test_a_searchs_winner_is_known_but_its_files_are_left_alone(run: Path) -> None:
+    (run / "trials.csv").write_text("trial_id\n")
+    (run / "checkpoints" / "T001-s1000").mkdir()
+    winner = run / "checkpoints" / "T001-s1000" / "best.ckpt"
+    shutil.move(checkpoint_of(run), winner)
+    before = best_of(run)
+    assert main([str(winner), "--quiet"]) == 0
+    found = best_of(winner.parent)
+    assert (found["trial_id"], found["val_acc"], found["checkpoint"]) == ("run", 0.5, "best.ckpt")
+    assert best_of(run) == before and readings(run)[0]["sha256"] == before["sha256"]
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_test_set_is_read(run: Path) -> None:

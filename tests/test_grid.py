@@ -31,6 +31,7 @@ from tune.experiment import Status, Trial
 from tune.grid import METRICS, Grid, Setting, best_setting, survivors
 from tune.grid_question import GridOptions, GridQuestion
 from tune.kfold import ask, main
+from tune.space import Choice
 
 ROOT = Path(__file__).parent.parent
 EPOCHS, FOLDS = 6, 3
@@ -350,6 +351,10 @@ def test_the_best_setting_is_the_one_with_the_highest_mean_and_is_not_tested(run
     assert (best["trial_id"], best["epoch"], best["recipe"]["lr"]) == (row.setting_id, row.best_epoch, row.lr)
     assert (best["val_acc"], best["val_low"], best["val_high"]) == (row.val_acc, row.low, row.high)
     assert best["val_n"] == 240 / FOLDS and best["checkpoint"] is best["sha256"] is None
+    side = Choice(*LRS).at_edge(row.lr)
+    assert [text.split(" of its range")[0] for text in best["edges"]] == (
+        [f"lr {row.lr:g} sits on the {side} edge"] if side else []
+    )
     assert not [name for name in best if name.startswith("test")]
     assert best["command"].startswith("python -m tune.kfold ") and "--resume" not in best["command"]
     assert all(word in best["command"].split() for word in QUESTION)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ def test_a_search_leaves_exactly_the_promised_files(whole: tuple[Path, subproces
             "test_acc_seeds",
             "checkpoint",
             "sha256",
+            "edges",
         ],
         *["seed", "versions", "hardware", "command", "tta"],
     }
@@ -304,6 +306,27 @@ def test_a_search_cut_short_and_resumed_equals_the_uninterrupted_one(
         assert json.loads(done.stdout) == json.loads((folder.parent / name / "best.json").read_text()) | told
     for file in ("curves", "trials", "finalists"):
         pd.testing.assert_frame_equal(table(folder, file), table(folder.parent / name, file), check_exact=True)
+
+
+def test_a_finalist_that_is_damaged_before_it_is_tested_is_trained_again(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    folder, _ = whole
+    shutil.copytree(folder, tmp_path / "whole")
+    best = json.loads((folder / "best.json").read_text())
+    damaged = tmp_path / "whole" / best["checkpoint"]
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    (tmp_path / "whole" / "best.json").unlink()
+    refused = search(tmp_path, "--name", "whole", "--resume")
+    assert refused.returncode == 1 and "or it is damaged" in " ".join(refused.stderr.split())
+    assert "With --resume it is trained again." in " ".join(refused.stderr.split())
+    assert refused.stdout.rstrip().endswith("--resume")
+    assert search(tmp_path, "--name", "whole", "--resume").returncode == 0
+    assert {*map(tuple, table(folder, "finalists").to_numpy())} == {
+        *map(tuple, table(tmp_path / "whole", "finalists").to_numpy())
+    }
+    again = json.loads((tmp_path / "whole" / "best.json").read_text())
+    assert again["test_acc_seeds"] == best["test_acc_seeds"] and again["test_acc"] == best["test_acc"]
 
 
 def test_permuting_the_test_labels_changes_nothing_that_is_searched(

@@ -7,7 +7,7 @@ import pytest
 
 from cifar_lab.models import ARCHITECTURES
 from cifar_lab.recipe import RecipeError
-from tune.space import SPACES, Choice, LogUniform, configuration, space_for
+from tune.space import SPACES, Choice, LogUniform, configuration, edges, space_for
 
 
 def test_every_architecture_has_a_space() -> None:
@@ -66,3 +66,12 @@ def test_the_edge_of_three_numbers_is_seen_but_a_switch_has_none() -> None:
     assert Choice(0.1, 0.3, 0.5).at_edge(0.5) == "upper"
     assert Choice(0.1, 0.3, 0.5).at_edge(0.3) == ""
     assert Choice(True, False).at_edge(True) == "" and Choice(18, 34).at_edge(34) == ""
+
+
+def test_a_sentence_is_said_of_each_value_on_the_edge_of_what_was_searched() -> None:
+    searched = {"lr": LogUniform(1e-4, 1e-2), "dropout": Choice(0.0, 0.1, 0.3), "augment": Choice(True, False)}
+    assert edges(searched, {"lr": 1e-3, "dropout": 0.1, "augment": True, "depth": 34}) == []
+    assert edges(searched, {"lr": 1e-2, "dropout": 0.0, "augment": True}) == [
+        "lr 0.01 sits on the upper edge of its range (0.0001 .. 0.01 log-uniform): better values may lie beyond.",
+        "dropout 0 sits on the lower edge of its range (0.0 | 0.1 | 0.3): better values may lie beyond.",
+    ]

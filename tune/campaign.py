@@ -27,7 +27,7 @@ from tune.cluster import Job, alive, blind, cluster, on_a_worker, run_jobs, ship
 from tune.experiment import Experiment, Trial, locked
 from tune.heartbeat import HUNG
 from tune.plan import checkpoint_bytes, record_bytes, seconds_per_image
-from tune.question import Question, question_file
+from tune.question import Question, question_file, unbegun
 from tune.view import View
 
 Q = TypeVar("Q", bound=Question)
@@ -98,12 +98,15 @@ class Campaign(ABC, Generic[Q]):
                 return cli.DONE
         self.prepare()
         with locked(self.folder):
+            if self.question.earlier is None and not unbegun(self.folder):
+                cli.check_new(self.folder)  # another was quicker
             self.open_record()
             possible = False
             try:
                 options, served = self.question.options, self.question.dashboard
                 with cluster(options.address, dashboard=served) as joined, alive(self.last_words):
                     self.use(joined.machines)
+                    self.check_disk()
                     if options.address is not None:
                         self.join()
                     possible = True
@@ -117,9 +120,12 @@ class Campaign(ABC, Generic[Q]):
                 if self.trained():
                     self.settle()
             except (KeyboardInterrupt, SystemExit):  # Lightning makes the latter of a Ctrl-C while it evaluates
+                if unbegun(self.folder):
+                    print(f"Interrupted before anything was begun. To begin again:\n{self.question.command}")
+                    return cli.FAILED
                 self.faults.append("interrupted")
             except (OSError, InputError) as error:
-                if not (self.folder / "trials.csv").exists():
+                if self.question.earlier is None and not (self.folder / "trials.csv").exists():
                     shutil.rmtree(self.folder)  # nothing was begun: the name stays free
                     raise InputError(self.told(error)) from error
                 if isinstance(error, InputError) and not possible:
@@ -174,16 +180,26 @@ class Campaign(ABC, Generic[Q]):
 
     def claim(self) -> None:
         """Make the folder; see that it can be written, and that the disk holds what is to come."""
-        place, needed = self.question.options.results_dir, self.bytes_needed()
         existed = self.folder.exists()
-        cli.make_folder(question_file(self.folder).parent, place)
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
+        cli.make_folder(question_file(self.folder).parent, self.question.options.results_dir)
+        try:
+            self.check_disk()
+        except InputError:
             if not existed:
                 shutil.rmtree(self.folder)
+            raise
+
+    def check_disk(self) -> None:
+        """See that the disk holds what is to come, with so many trials at once.
+
+        Raises:
+            InputError: it does not.
+        """
+        needed, free = self.bytes_needed(), shutil.disk_usage(self.folder).free
+        if free < needed:
             raise InputError(
-                f"results_dir: {place!r} has {size(free)} free, and this {self.WHAT} needs about {size(needed)}. "
-                "Free some, name another disk, or take fewer finalists."
+                f"results_dir: {self.question.options.results_dir!r} has {size(free)} free, and this {self.WHAT} needs "
+                f"about {size(needed)}. Free some, name another disk, or take fewer finalists."
             )
 
     def use(self, machines: Sequence[Mapping[str, float]]) -> None:

@@ -137,14 +137,16 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
 
 
 @contextlib.contextmanager
-def ending(last_words: Callable[[], str]) -> Iterator[None]:
+def ending(last_words: Callable[[], str]) -> Iterator[threading.Event]:
     """While Ray runs trials Ctrl-C and SIGTERM end them in order; a second one ends at once.
 
     `last_words` are printed at either: who sends the first, `ray job stop` say, may kill before the end is reached.
+    Yields whether one came.
     """
-    signals = (signal.SIGINT, signal.SIGTERM)
+    signals, asked = (signal.SIGINT, signal.SIGTERM), threading.Event()
 
     def in_order(*_: Any) -> None:
+        asked.set()
         print(f"Ending; once more ends at once. {last_words()}", file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGUSR1)  # which Ray takes for its own word to stop
 
@@ -169,7 +171,7 @@ def ending(last_words: Callable[[], str]) -> Iterator[None]:
     thread = threading.Thread(target=count, daemon=True)
     thread.start()
     try:
-        yield
+        yield asked
     finally:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
@@ -248,38 +250,56 @@ def silence(host: str, port: int) -> OSError | None:
 
 
 class _Listener(ray.tune.Callback):
-    """Tells what Ray alone knows: that a trial started, ended by itself, failed for good, or could not write."""
+    """Tells what Ray alone knows: that a trial started, ended by itself, failed for good, or could not write.
+
+    `lost` gets the job of a worker that died as it went from one trial to the next: of this one death Ray makes two
+    failures, and gives up on a trial that it had just put back in line.
+    """
 
     def __init__(
-        self, on_start: Callable[[str], None], on_end: Callable[[str, str], None], faults: list[Exception]
+        self,
+        on_start: Callable[[str], None],
+        on_end: Callable[[str, str], None],
+        faults: list[Exception],
+        lost: list[str],
     ) -> None:
-        self.on_start, self.on_end, self.faults = on_start, on_end, faults
+        self.on_start, self.on_end, self.faults, self.lost = on_start, on_end, faults, lost
+        self.in_line: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as in ASHA: Ray's snapshot is never read
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.in_line.discard(trial.config["job"]["job_id"])
         self.on_start(trial.config["job"]["job_id"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.on_end(trial.config["job"]["job_id"], "")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        error, _ = last_failure(trial)
-        if unwritable(error):
-            self.faults.append(error)  # the next try, and every other trial, would meet the same
+        self.in_line.add(trial.config["job"]["job_id"])
+        self.heed(last_failure(trial)[0])
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.on_trial_recover(iteration, trials, trial)
+        job, (error, text) = trial.config["job"]["job_id"], last_failure(trial)
+        if job in self.in_line and isinstance(error, ray.exceptions.RayActorError):
+            self.lost.append(job)
+            return
+        self.heed(error)
         if not self.faults:
-            self.on_end(trial.config["job"]["job_id"], cause(*last_failure(trial)))
+            self.on_end(job, cause(error, text))
+
+    def heed(self, error: Any) -> None:
+        """Keep an error that the next try, and every other trial, would meet too."""
+        if unwritable(error):
+            self.faults.append(error)
 
 
 class _StopAll(ray.tune.Stopper):
-    """Ends all trials once something went wrong on our side."""
+    """Ends all trials once something went wrong on our side, or a job was lost."""
 
-    def __init__(self, faults: list[Exception]) -> None:
-        self.faults = faults
+    def __init__(self, *wrong: list[Any]) -> None:
+        self.wrong = wrong
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as in ASHA
@@ -289,7 +309,7 @@ class _StopAll(ray.tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether to end everything."""
-        return bool(self.faults)
+        return any(self.wrong)
 
 
 def last_failure(trial: Any) -> tuple[Any, str]:
@@ -346,6 +366,7 @@ def run_jobs(
             seconds in which torch and Lightning are imported.
     """
     faults: list[Exception] = []
+    ended: set[str] = set()
 
     def guarded(hook: Callable[..., Any], *words: Any) -> Any:
         """Call a hook; Ray would take its error, a full disk say, for the trial's: it is kept, and ends everything."""
@@ -355,36 +376,46 @@ def run_jobs(
             faults.append(error)
             return True
 
-    configs = [job.to_dict() for job in jobs]
-    attempt = len(list(scratch.glob("attempt-*"))) + 1
-    tuner = ray.tune.Tuner(
-        Training,
-        param_space={
-            "job": ray.tune.grid_search(configs),
-            "takes": takes,
-            "images": images,
-            "search": scratch.parent.name,
-            "alone": named,
-        },
-        tune_config=ray.tune.TuneConfig(
-            metric="val_acc",
-            mode="max",
-            scheduler=ASHA(functools.partial(guarded, judge)),
-            max_concurrent_trials=concurrent,
-            reuse_actors=not named,
-            trial_name_creator=lambda trial: str(trial.config["job"]["job_id"]),
-            trial_dirname_creator=lambda trial: str(trial.config["job"]["job_id"]),
-        ),
-        run_config=ray.tune.RunConfig(
-            name=f"attempt-{attempt}",
-            storage_path=str(scratch),
-            verbose=0,
-            failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-            callbacks=[_Listener(functools.partial(guarded, on_start), functools.partial(guarded, on_end), faults)],
-            stop=_StopAll(faults),
-        ),
-    )
-    with ending(last_words):
-        tuner.fit()
-    if faults:
-        raise faults[0]
+    def end(job_id: str, error: str) -> None:
+        ended.add(job_id)
+        on_end(job_id, error)
+
+    with ending(last_words) as asked:
+        while left := [job for job in jobs if job.job_id not in ended]:
+            lost: list[str] = []
+            tuner = ray.tune.Tuner(
+                Training,
+                param_space={
+                    "job": ray.tune.grid_search([job.to_dict() for job in left]),
+                    "takes": takes,
+                    "images": images,
+                    "search": scratch.parent.name,
+                    "alone": named,
+                },
+                tune_config=ray.tune.TuneConfig(
+                    metric="val_acc",
+                    mode="max",
+                    scheduler=ASHA(functools.partial(guarded, judge)),
+                    max_concurrent_trials=concurrent,
+                    reuse_actors=not named,
+                    trial_name_creator=lambda trial: str(trial.config["job"]["job_id"]),
+                    trial_dirname_creator=lambda trial: str(trial.config["job"]["job_id"]),
+                ),
+                run_config=ray.tune.RunConfig(
+                    name=f"attempt-{len(list(scratch.glob('attempt-*'))) + 1}",
+                    storage_path=str(scratch),
+                    verbose=0,
+                    failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
+                    callbacks=[
+                        _Listener(functools.partial(guarded, on_start), functools.partial(guarded, end), faults, lost)
+                    ],
+                    stop=_StopAll(faults, lost),
+                ),
+            )
+            tuner.fit()
+            if faults:
+                raise faults[0]
+            if asked.is_set() or not lost:
+                break
+    if asked.is_set():
+        raise KeyboardInterrupt

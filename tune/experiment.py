@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from cifar_lab.files import read_csv, write_csv
+from cifar_lab.files import PREVIOUS, read_csv, write_csv
 from cifar_lab.fit import CURVE_COLUMNS, Row, Run, best_row, discard_state
 from cifar_lab.recipe import InputError
 
@@ -144,9 +144,18 @@ class Experiment:
             0.0 if run.diverged else best["val_acc"],
             sum(r["seconds"] for r in run.history),
         )
+        self._save_finalists()
+        discard_state(run.folder)
+
+    def forget_finalist(self, finalist: Finalist) -> None:
+        """Strike out a finalist's training, so that it is trained again."""
+        del self.finalists[finalist.trial_id, finalist.seed]
+        self._save_finalists()
+        shutil.rmtree(self.checkpoints(finalist_id(finalist.trial_id, finalist.seed)), ignore_errors=True)
+
+    def _save_finalists(self) -> None:
         columns = [f.name for f in fields(Finalist)]
         write_csv(self.folder / "finalists.csv", columns, [vars(f) for f in self.finalists.values()])
-        discard_state(run.folder)
 
     def lineup(self, count: int, seeds: Sequence[int]) -> list[tuple[str, int]]:
         """The trainings that decide: each of the best `count` trials with each seed, seed by seed."""
@@ -174,13 +183,23 @@ class Experiment:
         return self.folder / "checkpoints" / trial_id
 
     def tidy(self, keep: int) -> None:
-        """Remove what no one will read again: last checkpoints of ended trials, all of those beyond the best `keep`."""
+        """Remove what no one will read again: last checkpoints of ended trials, all of those beyond the best `keep`.
+
+        A failed trial keeps its best and last one: it may be tried again.
+        """
         kept = {trial.trial_id for trial in self.leaders(keep)}
         for trial in self.trials.values():
+            if trial.status == "failed":
+                (self.checkpoints(trial.trial_id) / PREVIOUS).unlink(missing_ok=True)
             if trial.ended:
                 discard_state(self.checkpoints(trial.trial_id))
                 if trial.trial_id not in kept:
                     shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)
+
+
+def finalist_id(trial_id: str, seed: int) -> str:
+    """The id of a finalist's training."""
+    return f"{trial_id}-s{seed}"
 
 
 def locked(folder: Path) -> AbstractContextManager[object]:

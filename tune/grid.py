@@ -18,6 +18,7 @@ from tune.cluster import Job
 from tune.experiment import Status, Trial
 from tune.grid_question import GridQuestion
 from tune.report import write_grid_report
+from tune.space import edges
 from tune.view import duration, settings
 
 METRICS = ("val_acc", "val_loss", "val_macro_f1", "train_acc", "train_loss")
@@ -180,6 +181,7 @@ class Grid(Campaign[GridQuestion]):
             trial_id=best.setting_id,
             command=self.question.command,
         )
+        made["edges"] = edges(self.question.space, recipe.to_dict())
         write_json(self.folder / "best.json", made | {"val_n": n, "val_low": low, "val_high": high})
 
     def report(self) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Self
 from cifar_lab.recipe import InputError, at_least, dial
 from tune.question import Question
 from tune.resources import RunOptions
+from tune.space import Choice, Domain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,15 @@ class GridQuestion(Question):
     def by_id(self) -> dict[str, dict[str, Any]]:
         """The settings, by their ids."""
         return {f"G{i:02d}": setting for i, setting in enumerate(self.settings)}
+
+    @property
+    def space(self) -> dict[str, Domain]:
+        """The values that the settings try, by field."""
+        names = dict.fromkeys(name for setting in self.settings for name in setting)
+        return {
+            name: Choice(*dict.fromkeys(setting[name] for setting in self.settings if name in setting))
+            for name in names
+        }
 
     def configurations(self) -> dict[str, dict[str, Any]]:
         made = self.by_id

@@ -21,12 +21,16 @@ HUNG = "hung"  # a note in the folder of the checkpoints
 WATCH = """
 import os, signal, sys, time
 parent, beat, note, patience = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
+pause = min(1.0, patience / 4)
+last, silent = None, 0.0  # counted in pauses: the clock may be set, the machine sleep
 while os.getppid() == parent:
-    time.sleep(min(1.0, patience / 4))
+    time.sleep(pause)
     try:
-        silent = time.time() - os.stat(beat).st_mtime
+        now = os.stat(beat).st_mtime_ns
     except FileNotFoundError:
         break
+    silent = silent + pause if now == last else 0.0
+    last = now
     if silent > patience:
         open(note, "w").write(f"no step for {silent:.0f} s")
         os.kill(parent, signal.SIGKILL)

@@ -136,6 +136,11 @@ def question_file(folder: Path) -> Path:
     return folder / "ray" / "search.json"
 
 
+def unbegun(folder: Path) -> bool:
+    """Whether a run was about to begin there and died before it had kept its question: nothing is lost."""
+    return folder.is_dir() and [p.name for p in folder.iterdir()] == ["ray"] and not question_file(folder).exists()
+
+
 def read_question(folder: Path) -> dict[str, Any]:
     """What the run in `folder` was asked.
 
@@ -201,7 +206,7 @@ def read_words(
             raise InputError(f"name: {name!r} is no {what}; it was begun by: {earlier['command']}")
         given = {**earlier["given"], **given}
         own = {**earlier["how"], **own}
-    else:
+    elif not unbegun(folder):
         cli.check_new(folder)
     words = [*argv, *([] if own.get("name") else ["--name", name])]
     command = cli.command(module, words, earlier["command"] if earlier else "")

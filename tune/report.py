@@ -18,7 +18,6 @@ from cifar_lab.page import Section, facts, note, page, pair, percent, picture, s
 from cifar_lab.recipe import InputError
 from cifar_lab.report import points
 from tune.importance import FEWEST, importance
-from tune.space import SPACES, LogUniform
 from tune.view import duration
 
 RUNG_COLUMNS = (
@@ -32,21 +31,15 @@ def searched(trials: pd.DataFrame) -> list[str]:
     return columns[1 : columns.index("epochs")]
 
 
-def logarithmic(arch: str, fields: Sequence[str]) -> dict[str, bool]:
-    """Whether each searched field of the architecture is drawn uniformly in its logarithm."""
-    space = SPACES[arch].search
-    return {name: isinstance(space.get(name), LogUniform) for name in fields}
+def logarithmic(values: pd.Series) -> bool:
+    """Whether a field's values want a logarithmic axis: positive numbers that span a factor of ten or more."""
+    numbers = pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values)
+    return bool(numbers and values.min() > 0 and values.max() >= 10 * values.min())
 
 
-def edges(recipe: dict[str, Any], fields: Sequence[str]) -> list[str]:
-    """A warning for each searched field whose value in the recipe sits on the edge of its range."""
-    space = SPACES[recipe["arch"]].search
-    sides = {name: space[name].at_edge(recipe[name]) for name in fields if name in space}
-    return [
-        f"{name} {recipe[name]:g} sits on the {side} edge of its range ({space[name]}): better values may lie beyond."
-        for name, side in sides.items()
-        if side
-    ]
+def warnings(best: dict[str, Any]) -> str:
+    """The winner's values that sit on the edge of what was tried."""
+    return "".join(f'<p class="warning">{html.escape(text)}</p>' for text in best.get("edges", []))
 
 
 def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) -> Section:
@@ -61,7 +54,7 @@ def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) ->
     return section(
         f"Winner: {best['trial_id']}",
         facts({name: str(best["recipe"][name]) for name in fields}),
-        "".join(f'<p class="warning">{html.escape(text)}</p>' for text in edges(best["recipe"], fields)),
+        warnings(best),
         note(
             "The best trials by val_acc were trained anew from scratch with new seeds; the highest mean val_acc wins, "
             f"and only its checkpoints were read on the test set, once each: {seeds}."
@@ -78,11 +71,12 @@ def by_rung(trials: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
     """
     told = trials.reason.str.extract(r"^rung (?P<rung>\d+): below the cutoff (?P<cutoff>[\d.]+)").astype(float)
     told.index = pd.Index(trials.trial_id)
+    diverged = trials.trial_id[trials.status == "diverged"]
     rows = []
     for rung in sorted(told.rung.dropna().astype(int).unique()):
         stopped = told[told.rung == rung]
         there = curves[curves.epoch == rung].set_index("trial_id").val_acc
-        kept = there.drop(stopped.index)
+        kept = there.drop(stopped.index).drop(diverged, errors="ignore")
         rows.append(
             {
                 "rung": rung, "reached": len(there), "stopped": len(stopped), "kept": len(kept),
@@ -108,12 +102,13 @@ def stop_section(folder: Path, trials: pd.DataFrame, max_epochs: int) -> Section
     ]  # fmt: skip
     header = ("after epoch", "reached", "stopped", "kept", "cutoffs", "best stopped", "worst kept", "epochs saved")
     trained, full = int(trials.epochs.sum()), len(trials) * max_epochs
-    begun = trials[trials.epochs > 0]
-    left = (begun.seconds / begun.epochs * (max_epochs - begun.epochs)).sum()
+    stopped = trials[trials.status == "stopped"]  # others may have ended early too, which ASHA has not saved
+    saved = len(stopped) * max_epochs - int(stopped.epochs.sum())
+    left = (stopped.seconds / stopped.epochs * (max_epochs - stopped.epochs)).sum()
     counts = ", ".join(f"{n} {status}" for status, n in trials.status.value_counts().items())
     text = (
-        f"{trained:,} epochs of the {full:,} that running all would take: {percent(1 - trained / full, 0)} saved, "
-        f"about {duration(left)} of training at each trial's own pace. {counts}."
+        f"{trained:,} epochs of the {full:,} that running all would take; stopping saved {saved:,} "
+        f"({percent(saved / full, 0)}), about {duration(left)} of training at each trial's own pace. {counts}."
     )
     if (folder / "finalists.csv").exists():
         again = pd.read_csv(folder / "finalists.csv").seconds.sum()
@@ -131,9 +126,7 @@ def stop_section(folder: Path, trials: pd.DataFrame, max_epochs: int) -> Section
     return section("What stopping saved", pair(drawn, beside), table(rows, header) if rows else "")
 
 
-def settings_section(
-    folder: Path, trials: pd.DataFrame, fields: Sequence[str], arch: str, winner: str
-) -> list[Section]:
+def settings_section(folder: Path, trials: pd.DataFrame, fields: Sequence[str], winner: str) -> list[Section]:
     """Each field against val_acc, and how much a forest makes of it; nothing where no field was varied."""
     measured = trials[trials.val_acc.notna()]
     if not fields or measured.empty:
@@ -141,7 +134,8 @@ def settings_section(
     figures, stopped = folder / "figures", int((measured.status == "stopped").sum())
     caution = f"{stopped} were stopped: their val_acc is what they had reached by then. " if stopped else ""
     slices = picture(
-        plots.slices(measured, fields, winner, logarithmic(arch, fields)), figures / "settings.png",
+        plots.slices(measured, fields, winner, {name: logarithmic(measured[name]) for name in fields}),
+        figures / "settings.png",
         f"val_acc against each of {', '.join(fields)}",
         f"A point each of {len(measured)}. {caution}The ring is the winner.",
     )  # fmt: skip
@@ -211,7 +205,7 @@ def write_report(folder: Path, other: Path | None = None) -> None:
         winner_section(folder, best, fields),
         *run_report.tested_sections(folder, best, other),
         stop_section(folder, trials, recipe["max_epochs"]),
-        *settings_section(folder, trials, fields, recipe["arch"], best["trial_id"]),
+        *settings_section(folder, trials, fields, best["trial_id"]),
         curves,
         all_trials_section(trials, fields),
         run_report.recipe_section(best),
@@ -278,7 +272,7 @@ def write_grid_report(folder: Path, other: Path | None = None) -> None:
         several = "those of the epoch with the best val_acc"
     text = f"All figures are {several}. {counts}."
     sections = [
-        section("Settings", note(text), table(rows, header)),
+        section("Settings", warnings(best or {}), note(text), table(rows, header)),
         run_report.curve_section(folder, "Over epochs", setting_curves(folder, fields)),
     ]
     if (folder / "test.csv").exists() and (tested := pd.read_csv(folder / "test.csv")).epoch.nunique() > 1:
@@ -308,7 +302,7 @@ def write_grid_report(folder: Path, other: Path | None = None) -> None:
         sections = [
             *run_report.study_section(best),
             *sections,
-            *settings_section(folder, varied_settings, fields, recipe["arch"], best["trial_id"]),
+            *settings_section(folder, varied_settings, fields, best["trial_id"]),
             *run_report.tested_sections(folder, best, other),
             run_report.recipe_section(best),
         ]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from cifar_lab.evaluate import evaluate, record_of_test
 from cifar_lab.files import read_json, size, write_json
-from cifar_lab.fit import Row, best_record, ended_run, finite
+from cifar_lab.fit import CheckpointError, Row, best_record, ended_run, finite
 from cifar_lab.recipe import Recipe
 from cifar_lab.report import headline
 from tune.campaign import Campaign
+from tune.experiment import finalist_id
 from tune.plan import expected_epochs, sizes
 from tune.question import SearchQuestion
 from tune.report import write_report
 from tune.scheduler import Rungs
+from tune.space import edges
 from tune.view import duration, settings
 
 SEED_STEP = 1000  # a finalist's seeds are the search's seed plus multiples of this: new ones
@@ -125,9 +127,16 @@ class Search(Campaign[SearchQuestion]):
         answers = {}
         for finalist in winner:
             checkpoint = self.experiment.checkpoints(finalist_id(finalist.trial_id, finalist.seed)) / "best.ckpt"
-            if checkpoint.exists():
+            if not finalist.val_acc and not checkpoint.exists():
+                continue  # it diverged in its first epoch
+            try:
                 answers[finalist] = evaluate(checkpoint, data_dir=self.question.base.data_dir)
+            except CheckpointError as error:
+                self.experiment.forget_finalist(finalist)
+                self.faults.append(f"{error} With --resume it is trained again.")
+                return
         if not answers:
+            self.faults.append("each training of every finalist diverged")
             return
         best = max(answers, key=lambda finalist: finalist.val_acc)
         recipe = self.question.recipe(best.trial_id).replace(seed=best.seed)
@@ -141,6 +150,7 @@ class Search(Campaign[SearchQuestion]):
         )
         tested = record_of_test(answers[best], [answer.accuracy for answer in answers.values()])
         answers[best].write(self.folder)
+        made["edges"] = edges(self.question.space, recipe.to_dict())
         write_json(self.folder / "best.json", made | tested)
 
     # What it says
@@ -159,8 +169,3 @@ class Search(Campaign[SearchQuestion]):
             f"Winner: {found['trial_id']} ({chosen or 'as given'}). {headline(found)} "
             f"Report: {self.place()}/report.html"
         )
-
-
-def finalist_id(trial_id: str, seed: int) -> str:
-    """The id of a finalist's training."""
-    return f"{trial_id}-s{seed}"

@@ -165,6 +165,16 @@ def space_for(arch: str, given: dict[str, Any]) -> tuple[Recipe, dict[str, Domai
     return base, {name: domain for name, domain in sorted(space.search.items()) if name not in given}
 
 
+def edges(search: dict[str, Domain], values: dict[str, Any]) -> list[str]:
+    """A sentence for each searched field whose value sits on the edge of its range."""
+    sides = {name: domain.at_edge(values[name]) for name, domain in search.items()}
+    return [
+        f"{name} {values[name]:g} sits on the {side} edge of its range ({search[name]}): better values may lie beyond."
+        for name, side in sides.items()
+        if side
+    ]
+
+
 def configuration(search: dict[str, Domain], seed: int, index: int) -> dict[str, Any]:
     """The searched fields of trial `index`, whatever the number of trials and whichever other fields are searched."""
     return {

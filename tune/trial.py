@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +13,10 @@ import ray.tune
 from ray.tune.trainable import wrap_function
 
 from cifar_lab.recipe import Recipe
+
+# Seconds for which a worker waits until a stopped trial has unwound; of one that takes longer than Ray's own two
+# seconds, on a busy machine, Ray forgets the next trial.
+os.environ.setdefault("TUNE_FUNCTION_THREAD_TIMEOUT_S", "60")
 
 
 def run_trial(config: dict[str, Any]) -> None:
