@@ -10,18 +10,27 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from cifar_lab import cli, machine, progress
 from cifar_lab.models import ARCHITECTURES
 from cifar_lab.recipe import InputError, Recipe, at_least, check_fields, nearest
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from cifar_lab.data import ImageSet
+
 PRECISIONS = ("32", "bf16")
 LOADER_WORKERS, LOADER_BATCH = 2, 128
 TRANSFORMS: dict[str, dict[str, Any]] = {"crop, flip": {}, "crop, flip, rotate": {"rotate": 15.0}}
-# The recipes whose loops are compared, with how many images an epoch: enough that an epoch takes about a second.
+# The recipes whose loops are compared: long steps, of which Lightning's own part is small, and short ones.
 LOOPS: dict[str, dict[str, Any]] = {
     "resnet": {"width": 16, "batch_size": 128},
     "classic_cnn": {"batch_size": 64},
@@ -35,9 +44,11 @@ class BenchmarkOptions:
 
     Args:
         batch_size: images a step of the architectures.
+        threads: CPU threads of the matrix product and of the architectures; unset: as many as PyTorch takes.
     """
 
     batch_size: int = at_least(2, 32, " images")
+    threads: int | None = at_least(1, None, ", or unset")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -50,55 +61,59 @@ def main(argv: Sequence[str]) -> int:
     parser.options = (BenchmarkOptions,)
     parser.add_class_arguments(BenchmarkOptions, None)
     parser.add_argument("--archs", nargs="+", help="the architectures; default: all")
+    parser.offers = {"--archs": ARCHITECTURES}
     for name, text in SWITCHES.items():
         parser.add_argument(f"--{name}", action="store_true", help=text)
     asked = parser.parse_args(list(argv))
-    options = BenchmarkOptions(batch_size=asked.batch_size)
+    options = BenchmarkOptions(batch_size=asked.batch_size, threads=asked.threads)
     archs = list(asked.archs or ARCHITECTURES)
     for arch in archs:
         if arch not in ARCHITECTURES:
             raise InputError(f"--archs: {arch!r}{nearest(arch, ARCHITECTURES)} Legal: {', '.join(ARCHITECTURES)}.")
-    found = measure(archs, options.batch_size) | {"command": cli.command("cifar_lab.benchmark", argv)}
+    found = measure(archs, options) | {"command": cli.command("cifar_lab.benchmark", argv)}
     print(cli.as_json(found) if asked.json else table(found))
     return cli.DONE
 
 
-def measure(archs: Sequence[str], batch_size: int) -> dict[str, Any]:
+def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
     """All figures, as --json prints them.
 
     Returns:
         gemm_tflops: the largest matrix product, 1e12 operations a second, in the precision that reaches most;
             gemm_tflops_by_precision has both.
         images_per_second: an architecture's forward and backward pass, by architecture and precision.
+        threads: of the CPU, by which these were reached.
         peak_fraction: the operations of that pass over those of a matrix product of the same precision.
         augment_ratio: images a second of batches that are cropped, flipped and normalised, over those of torchvision's
             loader with two workers; augment_ratios has it by transforms.
-        lightning_ratio: seconds of the training loop of `fit` over those of a bare loop, for a resnet of batches of
-            128; lightning_ratios has it by architecture.
+        lightning_ratio: seconds of the training loop of `fit` over those of a bare loop, for a resnet of width 16
+            with batches of 128; lightning_ratios has it by architecture.
         hardware, versions: of this machine.
     """
-    jobs = len(archs) * len(PRECISIONS) + len(TRANSFORMS) + len(LOOPS)
-    with progress.Bar("measuring", jobs) as bar:
-        precisions = [precision for precision in PRECISIONS if machine.computes(precision)]
-        peaks = {precision: gemm_flops(precision) / 1e12 for precision in precisions}
-        speeds: dict[str, dict[str, float]] = {}
-        fractions: dict[str, dict[str, float]] = {}
-        for i, arch in enumerate(archs):
-            recipe = Recipe(arch=arch, batch_size=batch_size)
-            flops = image_flops(recipe)
-            for precision in precisions:
-                bar.reached(i * len(PRECISIONS))
-                speed = batch_size / machine.step_seconds(recipe, precision)
-                speeds.setdefault(arch, {})[precision] = speed
-                fractions.setdefault(arch, {})[precision] = speed * flops / (peaks[precision] * 1e12)
-        bar.reached(len(archs) * len(PRECISIONS))
-        augment = {name: augment_ratio(fields) for name, fields in TRANSFORMS.items()}
-        bar.reached(jobs - len(LOOPS))
-        loops = {arch: lightning_ratio(Recipe(arch=arch, **fields)) for arch, fields in LOOPS.items()}
+    machine.settle()
+    threads = options.threads or torch.get_num_threads()
+    precisions = [precision for precision in PRECISIONS if machine.computes(precision)]
+    jobs = [(arch, precision) for arch in archs for precision in precisions]
+    speeds: dict[str, dict[str, float]] = {arch: {} for arch in archs}
+    fractions: dict[str, dict[str, float]] = {arch: {} for arch in archs}
+    augment = {}
+    with progress.Bar("measuring", len(jobs) + len(TRANSFORMS)) as bar:
+        peaks = {precision: gemm_flops(precision, threads) / 1e12 for precision in precisions}
+        for done, (arch, precision) in enumerate(jobs):
+            bar.reached(done)
+            recipe = Recipe(arch=arch, batch_size=options.batch_size)
+            speed = options.batch_size / machine.step_seconds(recipe, precision, threads=threads)
+            speeds[arch][precision] = speed
+            fractions[arch][precision] = speed * image_flops(recipe) / (peaks[precision] * 1e12)
+        for done, (name, fields) in enumerate(TRANSFORMS.items(), len(jobs)):
+            bar.reached(done)
+            augment[name] = augment_ratio(fields)
+    loops = {arch: lightning_ratio(Recipe(arch=arch, **fields)) for arch, fields in LOOPS.items()}
     return {
         "gemm_tflops": max(peaks.values()),
         "gemm_tflops_by_precision": peaks,
-        "batch_size": batch_size,
+        "batch_size": options.batch_size,
+        "threads": threads,
         "images_per_second": speeds,
         "peak_fraction": fractions,
         "augment_ratio": augment["crop, flip"],
@@ -112,8 +127,6 @@ def measure(archs: Sequence[str], batch_size: int) -> dict[str, Any]:
 
 def timed(work: Callable[[], Any]) -> float:
     """Seconds of some work, with what a GPU still has to do of it."""
-    import torch
-
     start = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -121,21 +134,19 @@ def timed(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def gemm_flops(precision: str) -> float:
-    """Operations a second of a large square matrix product."""
-    import torch
-
+def gemm_flops(precision: str, threads: int | None = None) -> float:
+    """Operations a second of a large square matrix product, by so many CPU threads."""
     here = machine.device()
     side = 8192 if here.type == "cuda" else 2048
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left, right = torch.rand(2, side, side, device=here).to(dtype).unbind()
-    seconds = [timed(lambda: left @ right) for _ in range(machine.REPEATS + 1)]
+    with machine.threads_limited(threads):
+        seconds = [timed(lambda: left @ right) for _ in range(machine.REPEATS + 1)]
     return 2 * side**3 / statistics.median(seconds[1:])
 
 
 def image_flops(recipe: Recipe) -> float:
     """Operations an image, of the matrix products and convolutions of a forward and backward pass."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     from cifar_lab.models import build
@@ -147,10 +158,9 @@ def image_flops(recipe: Recipe) -> float:
     return counter.get_total_flops() / batch
 
 
-def noise(count: int) -> Any:
-    """An ImageSet of ten classes with nothing in it to learn."""
+def noise(count: int) -> ImageSet:
+    """Images of ten classes with nothing in them to learn."""
     import numpy as np
-    import torch
 
     from cifar_lab.data import SIDE, ImageSet, image_moments
 
@@ -169,17 +179,24 @@ def augment_ratio(fields: dict[str, Any], count: int = 5_000) -> float:
         fields: the recipe's, of the augmentation.
         count: images a pass.
     """
-    import torch
-    from PIL import Image
+
+    def spent(epoch: Callable[[], Iterable[Tensor]]) -> float:
+        return timed(lambda: [None for _ in epoch()])
+
+    ours, theirs = epochs(Recipe(val_fraction=0, batch_size=LOADER_BATCH, **fields), noise(count))
+    ratios = [spent(theirs) / spent(ours) for _ in range(machine.REPEATS + 1)]
+    return statistics.median(ratios[1:])
+
+
+def epochs(recipe: Recipe, images: ImageSet) -> tuple[Callable[[], Iterator[Tensor]], Callable[[], Iterator[Tensor]]]:
+    """An epoch's batches (N, 3, 32, 32) float of crop, flip and rotation: ours, and those of torchvision's loader."""
     from torchvision import transforms
 
     from cifar_lab.data import CIFAR10DataModule, normalise
 
-    images = noise(count)
-    data = CIFAR10DataModule(Recipe(val_fraction=0, batch_size=LOADER_BATCH, **fields), images)
+    data = CIFAR10DataModule(recipe, images)
     data.images, data.labels = images.images, images.labels
     mean, std = data.mean[:, None, None], data.std[:, None, None]
-    recipe = data.recipe
     turned = [transforms.RandomRotation(recipe.rotate, transforms.InterpolationMode.BILINEAR)] if recipe.rotate else []
     change = transforms.Compose(
         [
@@ -190,8 +207,8 @@ def augment_ratio(fields: dict[str, Any], count: int = 5_000) -> float:
             transforms.Normalize(data.mean.tolist(), data.std.tolist()),
         ]
     )
-    loader = torch.utils.data.DataLoader(
-        _Pictures(images, lambda pixels: change(Image.fromarray(pixels))),
+    loader = DataLoader(
+        Pictures(images, change),
         LOADER_BATCH,
         shuffle=True,
         num_workers=LOADER_WORKERS,
@@ -200,30 +217,32 @@ def augment_ratio(fields: dict[str, Any], count: int = 5_000) -> float:
     )
     batches = data.train_dataloader()
 
-    def ours() -> None:
+    def ours() -> Iterator[Tensor]:
         for pixels, _ in batches:
-            normalise(pixels, mean, std)
+            yield normalise(pixels, mean, std)
 
-    def theirs() -> None:
-        for _ in loader:
-            pass
+    def theirs() -> Iterator[Tensor]:
+        for pixels, _ in loader:
+            yield pixels
 
-    ratios = [timed(theirs) / timed(ours) for _ in range(machine.REPEATS + 1)]
-    return statistics.median(ratios[1:])
+    return ours, theirs
 
 
-class _Pictures:
+class Pictures(Dataset[tuple[Tensor, int]]):
     """Images with their labels, one at a time, as torchvision's datasets give them."""
 
-    def __init__(self, images: Any, change: Callable[[Any], Any]) -> None:
-        self.pixels, self.labels = images.images.permute(0, 2, 3, 1).contiguous().numpy(), images.labels.tolist()
+    def __init__(self, images: ImageSet, change: Callable[[Any], Tensor]) -> None:
+        self.pixels: np.ndarray = images.images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels: list[int] = images.labels.tolist()
         self.change = change
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.change(self.pixels[index]), self.labels[index]
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return self.change(Image.fromarray(self.pixels[index])), self.labels[index]
 
 
 def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
@@ -232,10 +251,9 @@ def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
     The two take turns, an epoch each. Validation and checkpoints, which a bare loop may have or not, are not in it.
 
     Args:
-        recipe: what is trained.
+        recipe: what is trained, at a learning rate so small that no epoch of it diverges, which would be its last.
         count: images an epoch, a second's worth where 0.
     """
-    import torch
     import torch.nn.functional as F
     from pytorch_lightning.callbacks import Callback
 
@@ -245,7 +263,8 @@ def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
     from cifar_lab.layers import memory_format
     from cifar_lab.models import build
 
-    recipe = machine.resolve_precision(recipe.replace(val_fraction=0, max_epochs=machine.REPEATS + 1))
+    recipe = recipe.replace(val_fraction=0, max_epochs=machine.REPEATS + 1, lr=1e-6)
+    recipe = machine.resolve_precision(recipe)
     seconds = machine.step_seconds(recipe, recipe.precision)
     count = count or recipe.batch_size * max(10, round(1 / seconds))
     data = CIFAR10DataModule(recipe, noise(count))
@@ -278,8 +297,13 @@ def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
             own = time.perf_counter() - self.start
             ratios.append(own / timed(bare))
 
-    with tempfile.TemporaryDirectory() as folder:
-        fit(recipe, folder, callbacks=[Turns()], data=data)
+    # On a terminal Lightning's loop would draw a bar, and be timed with it.
+    quiet, progress.quiet = progress.quiet, True
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            fit(recipe, folder, callbacks=[Turns()], data=data)
+    finally:
+        progress.quiet = quiet
     return statistics.median(ratios[1:])
 
 
@@ -288,7 +312,8 @@ def table(found: dict[str, Any]) -> str:
     peaks = found["gemm_tflops_by_precision"]
     lines = [cli.paragraph(f"{found['hardware']}; torch {found['versions']['torch']}"), ""]
     lines += [f"matrix product, {name:>4}  {peak:10.2f} TFLOP/s" for name, peak in peaks.items()]
-    lines += ["", f"forward and backward, batches of {found['batch_size']}; images/s, and of the matrix product"]
+    asked = f"batches of {found['batch_size']}, {found['threads']} thread{'s' * (found['threads'] > 1)}"
+    lines += ["", f"forward and backward, {asked}; images/s, of the product"]
     lines.append(f"{'':18}" + "".join(f"{name:>12}{'':>8}" for name in peaks))
     for arch, speeds in found["images_per_second"].items():
         shares = found["peak_fraction"][arch]

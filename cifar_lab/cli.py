@@ -33,6 +33,7 @@ class Parser(ArgumentParser):
 
     options: tuple[type, ...] = ()
     switches: tuple[str, ...] = ()
+    offers: Mapping[str, Iterable[Any]] = {}  # legal values by flag, for a shell to complete, checked after parsing
 
     def parse_args(self, *args: Any, **options: Any) -> Namespace:  # type: ignore[override]
         """Parse as jsonargparse does; --quiet and --json hold for the bars too."""

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from cifar_lab.evaluate import t_interval
+from cifar_lab.files import read_table
 from cifar_lab.recipe import InputError
 
 
@@ -86,8 +87,8 @@ def read_answers(folder: Path, name: str = "test_predictions.csv") -> tuple[pd.D
         InputError: it was not tested.
     """
     try:
-        answers = pd.read_csv(folder / name)
-        classes = tuple(pd.read_csv(folder / "per_class.csv", dtype={"class": str})["class"])
+        answers = read_table(folder / name, "file")
+        classes = tuple(read_table(folder / "per_class.csv", "class")["class"])
     except FileNotFoundError as error:
         raise InputError(
             f"compare: {str(folder)!r} holds no {Path(error.filename).name}. Legal: the folder of what was tested."

@@ -418,6 +418,7 @@ def asked_of(argv: Sequence[str]) -> Any:
         "--output", help="folder for the files; default: the run's for its best checkpoint, else the checkpoint's own"
     )
     parser.add_argument("--data_dir", help="where the dataset lies now, if no longer where the recipe says")
+    parser.offers = {"--corruptions": ["all", *CORRUPTIONS], "--severity": SEVERITIES, "--tta": TTA}
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the accuracy")
     asked = parser.parse_args(list(argv))

@@ -10,7 +10,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 # Beside best.ckpt, in a folder of checkpoints: of the last epoch, of the one before, and the digests of all.
 LAST, PREVIOUS, DIGESTS = "last.ckpt", "previous.ckpt", "sha256.json"
@@ -59,6 +62,21 @@ def read_csv(path: Path) -> list[dict[str, str]]:
             return list(csv.DictReader(file))
     except FileNotFoundError:
         return []
+
+
+def read_table(path: Path, *texts: str) -> pd.DataFrame:
+    """A CSV file that `write_csv` wrote as a table; the columns in `texts` hold what is written there, word for word.
+
+    pandas alone takes the names None, NA, null and nan for missing values, and 007 for a number.
+
+    Raises:
+        FileNotFoundError: it is absent.
+    """
+    import pandas as pd
+
+    # An empty cell is a missing value everywhere, nan in columns of numbers, where a diverged training leaves it.
+    missing = {str(name): [""] if name in texts else ["", "nan"] for name in pd.read_csv(path, nrows=0)}
+    return pd.read_csv(path, dtype=dict.fromkeys(texts, str), keep_default_na=False, na_values=missing)
 
 
 def size(count: float) -> str:

@@ -9,6 +9,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
@@ -84,6 +85,24 @@ def reuse_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def settle() -> None:
+    """Have this process compute as trainings do, before it trains or measures: what one gains, the other must have."""
+    reuse_memory()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+
+
+@contextlib.contextmanager
+def threads_limited(threads: int | None) -> Iterator[None]:
+    """So many CPU threads for a while; as many as PyTorch takes where unset."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def computes(precision: str) -> bool:
     """Whether the processor computes in a precision: without AVX-512 a CPU emulates bf16, hundreds of times slower."""
     capable = torch.backends.cpu.get_cpu_capability().startswith(("AVX512", "AMX"))
@@ -107,6 +126,7 @@ def resolve_precision(recipe: Recipe) -> Recipe:
     except (OSError, ValueError):
         known = {}
     if known.get(key) not in ("32", "bf16"):
+        settle()
         seconds = {precision: step_seconds(recipe, precision) for precision in ("32", "bf16")}
         known[key] = min(seconds, key=seconds.__getitem__)
         try:
@@ -127,9 +147,7 @@ def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, th
         threads: CPU threads, as many as PyTorch takes where unset.
     """
     here, batch = device(), batch or recipe.batch_size
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
+    with threads_limited(threads):
         network = build(recipe, 10).to(here)
         images, labels = torch.rand(batch, 3, 32, 32, device=here), torch.randint(10, (batch,), device=here)
         layout = memory_format(network)
@@ -145,5 +163,3 @@ def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, th
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return statistics.median(seconds[1:])
-    finally:
-        torch.set_num_threads(before)

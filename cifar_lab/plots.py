@@ -25,6 +25,8 @@ VEHICLES = ("airplane", "automobile", "ship", "truck")
 BLUE, ORANGE, GREEN, VERMILION, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
 BLACK = "#000000"
 LEADERS = (BLUE, VERMILION, GREEN, ORANGE, "#CC79A7", "#56B4E9", BLACK)
+# Names of classes and runs are what they are: a $ in them begins no formula.
+literal = mpl.rc_context({"text.parse_math": False})
 WIDTH = 5.0  # inches: 480 pixels on a page, so that the text stays legible on a phone
 
 
@@ -77,6 +79,7 @@ def ranking(table: pd.DataFrame) -> pd.DataFrame:
     return extremes.assign(color=[*LEADERS, *pale][: len(extremes)])
 
 
+@literal
 def curves(table: pd.DataFrame, metric: str = "acc", *, legend: bool = True) -> Figure:
     """Every trial's validation curve bold and its training curve faint in the same colour, over epochs.
 
@@ -140,6 +143,7 @@ def context(accuracy: float, interval: tuple[float, float], marks: Mapping[str, 
     return figure
 
 
+@literal
 def per_class(table: pd.DataFrame, *, human: bool = False) -> Figure:
     """Accuracy of each class with its Wilson interval, from per_class.csv; CIFAR-10's with the human 94%.
 
@@ -150,7 +154,8 @@ def per_class(table: pd.DataFrame, *, human: bool = False) -> Figure:
     axes = figure.subplots()
     colors = np.where(ordered["class"].isin(ANIMALS), ORANGE, BLUE) if human else np.full(len(ordered), BLUE)
     errors = np.clip([ordered.accuracy - ordered.low, ordered.high - ordered.accuracy], 0, None)
-    axes.barh(ordered["class"], ordered.accuracy, xerr=errors, color=colors, error_kw={"lw": 1.2, "capsize": 2.5})
+    axes.barh(range(len(ordered)), ordered.accuracy, xerr=errors, color=colors, error_kw={"lw": 1.2, "capsize": 2.5})
+    axes.set_yticks(range(len(ordered)), ordered["class"])
     for y, (accuracy, high, color) in enumerate(zip(ordered.accuracy, ordered.high, colors, strict=True)):
         # Inside its bar, where there is room.
         x, ink = (0.015, "#111111" if color == ORANGE else "#ffffff") if accuracy > 0.2 else (high + 0.02, BLACK)
@@ -165,6 +170,7 @@ def per_class(table: pd.DataFrame, *, human: bool = False) -> Figure:
     return figure
 
 
+@literal
 def confusion(table: pd.DataFrame) -> Figure:
     """What each class was taken for, from confusion.csv: percent of the true class's images."""
     counts = table.set_index("class")
@@ -210,6 +216,7 @@ def reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
     return figure
 
 
+@literal
 def mistakes(images: np.ndarray, captions: Sequence[str]) -> Figure:
     """Images (K, 32, 32, 3) uint8 in rows of four, each with its caption below."""
     rows = -(-len(images) // 4)
@@ -223,6 +230,7 @@ def mistakes(images: np.ndarray, captions: Sequence[str]) -> Figure:
     return figure
 
 
+@literal
 def rows(images: Mapping[str, np.ndarray]) -> Figure:
     """Rows of images (K, 3, 32, 32) uint8, each row with its name at the left, K the same in all."""
     count = max(len(row) for row in images.values())
@@ -238,6 +246,7 @@ def rows(images: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
+@literal
 def one_factor(table: pd.DataFrame, field: str) -> Figure:
     """val_acc and val_loss over epochs, a color a value of one field: their mean, lowest and highest.
 
@@ -264,6 +273,7 @@ def one_factor(table: pd.DataFrame, field: str) -> Figure:
     return figure
 
 
+@literal
 def finalists(table: pd.DataFrame) -> Figure:
     """val_acc of each finalist, a dot a seed, its mean a bar, from finalists.csv; the best mean on top."""
     means = table.groupby("trial_id").val_acc.mean().sort_values()
@@ -282,6 +292,7 @@ def finalists(table: pd.DataFrame) -> Figure:
     return figure
 
 
+@literal
 def differences(table: pd.DataFrame) -> Figure:
     """How many points the first network's accuracy lies above the second's, class by class, with 95% intervals.
 
@@ -337,6 +348,7 @@ def corruptions(table: pd.DataFrame, clean: float) -> Figure:
     return figure
 
 
+@literal
 def explained(image: np.ndarray, maps: Mapping[str, np.ndarray], title: str) -> Figure:
     """An image (3, 32, 32) uint8, as the network saw it, beside its heat maps (32, 32) from `cifar_lab.predict`."""
     figure = Figure(figsize=(3 + 3.6 * len(maps), 3.4), layout="constrained")
@@ -359,10 +371,11 @@ def explained(image: np.ndarray, maps: Mapping[str, np.ndarray], title: str) -> 
     for axes in panels:
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.suptitle(title, parse_math=False)
+    figure.suptitle(title)
     return figure
 
 
+@literal
 def tested(table: pd.DataFrame, metric: str = "acc") -> Figure:
     """Accuracy or loss on the test set after every epoch, a line a setting: what was read after the end.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ TOP = 5
 class Prediction:
     """What a checkpoint says of an image file: pixels (3, 32, 32) uint8 as the network saw them, probabilities (C,).
 
-    Of a file that could not be read there are neither, but an `error`.
+    Of a file that could not be read there are neither, but an `error`; of one that could not be drawn there are all.
     """
 
     image: Path
@@ -222,7 +223,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="a .ckpt file that cifar_lab.train or tune.asha left")
     parser.add_argument("images", nargs="+", help="image files of any size, or folders of them; resized to 32x32")
     parser.add_argument("--map", choices=[*METHODS, "both"], help="draw which parts of each image speak for its class")
-    parser.add_argument("--output", help="folder for the drawings of --map")
+    parser.add_argument("--output", help="folder for the drawings of --map, none of which is overwritten")
     said = parser.add_mutually_exclusive_group()
     said.add_argument("--json", action="store_true", help="print JSON alone")
     said.add_argument("--quiet", action="store_true", help="print nothing but each image's most probable class")
@@ -242,7 +243,9 @@ def main(argv: Sequence[str]) -> int:
     if methods:
         cli.make_folder(Path(asked.output), asked.output, "output")
     answers = _predictions(model, asked.images)
-    drawn = _draw(model, answers, methods, Path(asked.output)) if methods else {}
+    drawn: dict[int, Path] = {}
+    if methods:
+        answers, drawn = _draw(model, answers, methods, Path(asked.output))
     if asked.json:
         records = [_record(answer, drawn.get(i)) for i, answer in enumerate(answers)]
         print(cli.as_json({"model": identity(model, checkpoint), "images": records}))
@@ -254,46 +257,76 @@ def main(argv: Sequence[str]) -> int:
 
 def _draw(
     model: ImageClassifier, answers: Sequence[Prediction], methods: Sequence[str], folder: Path
-) -> dict[int, Path]:
-    """Draw each image that was read beside its maps; the drawings, by the image's place among the answers."""
+) -> tuple[list[Prediction], dict[int, Path]]:
+    """Draw each image that was read beside its maps; the drawings, by the image's place among the answers.
+
+    A drawing that cannot be written is its answer's error and stops no other.
+
+    Raises:
+        InputError: one of them is there already.
+    """
     import torch
 
     from cifar_lab import plots
 
-    drawn: dict[int, Path] = {}
-    used: Counter[str] = Counter()
-    for i, answer in enumerate(answers):
-        if answer.pixels is None or answer.probabilities is None:
-            continue
+    answers, drawn = list(answers), _drawings(answers, methods, folder)
+    for i, place in list(drawn.items()):
+        answer = answers[i]
+        assert answer.pixels is not None and answer.probabilities is not None
         image, label = torch.from_numpy(answer.pixels), int(answer.probabilities.argmax())
         maps = {method: METHODS[method](model, image, label) for method in methods}
         name, probability = answer.top(1)[0]
+        try:
+            plots.save(plots.explained(answer.pixels, maps, f"{name}, {probability:.1%}"), place)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                place.unlink()  # what a full disk took of it
+            said = f"{answer.image}: its drawing {place} cannot be written ({error.strerror})."
+            answers[i] = replace(answer, error=said)
+            del drawn[i]
+    return answers, drawn
+
+
+def _drawings(answers: Sequence[Prediction], methods: Sequence[str], folder: Path) -> dict[int, Path]:
+    """Where the drawing of each image that was read goes, all of them new."""
+    there = {place.name for place in folder.iterdir()}
+    drawings: dict[int, Path] = {}
+    used: Counter[str] = Counter()
+    for i, answer in enumerate(answers):
+        if answer.pixels is None:
+            continue
         stem = f"{answer.image.stem}-{'-'.join(methods)}"
         used[stem] += 1  # two folders may hold images of the same name
-        drawn[i] = folder / (f"{stem}.png" if used[stem] == 1 else f"{stem}-{used[stem]}.png")
-        plots.save(plots.explained(answer.pixels, maps, f"{name}, {probability:.1%}"), drawn[i])
-    return drawn
+        drawings[i] = folder / (f"{stem}.png" if used[stem] == 1 else f"{stem}-{used[stem]}.png")
+        if drawings[i].name in there:
+            raise InputError(
+                f"output: {str(drawings[i])!r} exists already, and results are never overwritten. Name another folder."
+            )
+    return drawings
 
 
 def _record(answer: Prediction, drawn: Path | None) -> dict[str, Any]:
     """An image's entry in the JSON."""
-    if answer.error is not None:
-        return {"image": str(answer.image), "error": answer.error}
-    top = [{"class": name, "probability": probability} for name, probability in answer.top()]
-    return {"image": str(answer.image), "top": top, **({} if drawn is None else {"map": str(drawn)})}
+    record: dict[str, Any] = {"image": str(answer.image)}
+    if top := answer.top():
+        record["top"] = [{"class": name, "probability": probability} for name, probability in top]
+    if drawn is not None:
+        record["map"] = str(drawn)
+    return record if answer.error is None else record | {"error": answer.error}
 
 
 def _print(answer: Prediction, drawn: Path | None, *, quiet: bool) -> None:
-    if answer.error is not None:
-        print(f"error: {_shown(answer.error)}", file=sys.stderr)
-    elif quiet:
-        print(f"{_shown(answer.top(1)[0][0])}\t{_shown(answer.image)}")
-    else:
+    top = answer.top()
+    if top and quiet:
+        print(f"{_shown(top[0][0])}\t{_shown(answer.image)}")
+    elif top:
         print(_shown(answer.image))
-        for name, probability in answer.top():
+        for name, probability in top:
             print(f"  {probability:6.1%}  {_shown(name)}")
         if drawn is not None:
             print(f"  {_shown(drawn)}")
+    if answer.error is not None:
+        print(f"error: {_shown(answer.error)}", file=sys.stderr)
 
 
 def _shown(text: object) -> str:

@@ -14,7 +14,7 @@ import pandas as pd
 from cifar_lab import calibration, plots
 from cifar_lab.compare import class_table, compare, read_answers
 from cifar_lab.evaluate import confident_mistakes, t_interval, times_read, wilson
-from cifar_lab.files import read_json, write_atomically
+from cifar_lab.files import read_json, read_table, write_atomically
 from cifar_lab.gradient_table import verdicts
 from cifar_lab.page import Section, drawn, facts, note, page, pair, percent, photograph, picture, section, table
 
@@ -93,7 +93,7 @@ def context(folder: Path, best: dict[str, Any]) -> str:
     own = best.get("images")
     if own or "test_acc" in best:
         seeds, n, interval = measured(best)
-        classes = pd.read_csv(folder / "per_class.csv", dtype={"class": str})["class"]
+        classes = read_table(folder / "per_class.csv", "class")["class"]
         marks = {"chance": 1 / len(classes)}
         if is_cifar10(classes) and not own:
             marks["people"] = plots.HUMAN
@@ -137,7 +137,7 @@ def tested_sections(folder: Path, best: dict[str, Any], other: Path | None = Non
     if not (folder / predictions).exists():
         return []
     said, names = read_answers(folder, predictions)
-    confusions = pd.read_csv(folder / "confusion.csv", dtype={"class": str})
+    confusions = read_table(folder / "confusion.csv", "class")
     sections = [
         class_section(folder, best, said),
         confusion_section(folder, confusions),
@@ -150,27 +150,33 @@ def tested_sections(folder: Path, best: dict[str, Any], other: Path | None = Non
     return sections
 
 
+def class_facts(classes: pd.DataFrame, *, human: bool = False) -> dict[str, str]:
+    """Mean and spread of the classes in per_class.csv; of CIFAR-10's animals against vehicles, beside people."""
+    accuracy = classes.accuracy
+    told = {
+        "mean of the classes": percent(accuracy.mean()),
+        "spread of the classes": f"{percent(accuracy.std(ddof=0))} (standard deviation, ddof 0)",
+    }
+    if human:
+        animals = classes["class"].isin(plots.ANIMALS)
+        told["animals"], told["vehicles"] = percent(accuracy[animals].mean()), percent(accuracy[~animals].mean())
+        told["people"] = percent(plots.HUMAN, 0)
+    return told
+
+
 def class_section(folder: Path, best: dict[str, Any], said: pd.DataFrame) -> Section:
     """Accuracy class by class, with mean and spread; of CIFAR-10 animals against vehicles, beside people."""
     from sklearn.metrics import f1_score
 
-    classes = pd.read_csv(folder / "per_class.csv", dtype={"class": str})
+    classes = read_table(folder / "per_class.csv", "class")
     own = "images" in best  # not the test set: it may lack classes, and people were not asked about it
     cifar10 = is_cifar10(classes["class"]) and not own
-    accuracy = classes.accuracy
     correct = int((said.label == said.prediction).sum())
     told = {"accuracy": f"{percent(correct / len(said), 2)} ({between(wilson(correct, len(said)))})"}
     if tta := best.get("tta"):
         told[f"with TTA ({tta['name']})"] = with_tta(tta)
-    told |= {
-        "macro F1": f"{f1_score(said.label, said.prediction, labels=said.label.unique(), average='macro'):.4f}",
-        "mean of the classes": percent(accuracy.mean()),
-        "spread of the classes": f"{percent(accuracy.std(ddof=0))} (standard deviation, ddof 0)",
-    }
-    if cifar10:
-        animals = classes["class"].isin(plots.ANIMALS)
-        told["animals"], told["vehicles"] = percent(accuracy[animals].mean()), percent(accuracy[~animals].mean())
-        told["people"] = percent(plots.HUMAN, 0)
+    told["macro F1"] = f"{f1_score(said.label, said.prediction, labels=said.label.unique(), average='macro'):.4f}"
+    told |= class_facts(classes, human=cifar10)
     rows = [
         (
             r["class"], r["n"], r["correct"],
@@ -292,7 +298,7 @@ def corruption_section(folder: Path, best: dict[str, Any]) -> list[Section]:
     """Accuracy on corrupted images, from corruptions.csv; nothing where none was asked for."""
     if "corruptions_acc" not in best:
         return []
-    rows = pd.read_csv(folder / "corruptions.csv")
+    rows = read_table(folder / "corruptions.csv", "corruption")
     clean = best["images"]["acc"] if "images" in best else best["test_acc"]
     worst = min(rows.to_dict("records"), key=lambda row: row["accuracy"])
     severities = ", ".join(map(str, sorted(rows.severity.unique())))
@@ -391,7 +397,7 @@ def legend(curves: pd.DataFrame, metric: str) -> str:
 def curve_section(folder: Path, title: str, curves: pd.DataFrame | None = None) -> Section:
     """Accuracy and loss over epochs, from curves.csv or from a table like it."""
     if curves is None:
-        curves = pd.read_csv(folder / "curves.csv", dtype={"trial_id": str})
+        curves = read_table(folder / "curves.csv", "trial_id")
     parts = []
     for metric, name, extreme in (("acc", "Accuracy", "highest"), ("loss", "Loss", "lowest")):
         plots.save(plots.curves(curves, metric), folder / "figures" / f"curves_{metric}.png")
@@ -404,7 +410,7 @@ def curve_section(folder: Path, title: str, curves: pd.DataFrame | None = None) 
 
 def gradient_section(folder: Path, title: str, file: Path | None = None) -> Section:
     """Gradients over epochs and what died, from the folder's gradients.csv or from another such file."""
-    table_of_gradients = pd.read_csv(file or folder / "gradients.csv", dtype={"layer": str})
+    table_of_gradients = read_table(file or folder / "gradients.csv", "layer")
     place = folder / "figures" / ("gradients.png" if file is None else f"gradients_{file.stem}.png")
     plots.save(plots.gradients(table_of_gradients), place)
     said = " ".join(verdicts(table_of_gradients))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from cifar_lab.corruptions import CORRUPTIONS
+from cifar_lab.evaluate import TTA
 from cifar_lab.models import ARCHITECTURES, parameters
 from tune.completion import SHELLS, commands, main, script
 from tune.study import studies
@@ -81,6 +83,10 @@ def test_an_architectures_own_flags_follow_it(scripts: Path, arch: str) -> None:
         ("tune.study --variant ''", "as_reported corrected"),
         ("tune.study 004-dynamic --num_bl", "--num_blocks"),
         ("tune.completion ''", "bash zsh"),
+        ("cifar_lab.evaluate --tta ''", " ".join(TTA)),
+        ("cifar_lab.evaluate best.ckpt --corruptions ''", " ".join(["all", *CORRUPTIONS])),
+        ("cifar_lab.evaluate best.ckpt --corruptions fog --severity ''", "1 2 3 4 5"),
+        ("cifar_lab.benchmark --archs ''", " ".join(ARCHITECTURES)),
         ("tune.asha --num_samples ''", ""),
     ],
 )

@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from cifar_lab import machine
+from cifar_lab.fit import trainer
+from cifar_lab.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,3 +37,31 @@ print(before, faults())
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     returned, kept = map(int, told.split())
     assert kept * 20 < returned
+
+
+def test_a_gpu_is_measured_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        machine.settle()
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_process_settles_before_it_measures_or_trains(
+    monkeypatch: pytest.MonkeyPatch, fresh_cache: Path, tmp_path: Path
+) -> None:
+    done: list[str] = []
+
+    def step_seconds(recipe: Recipe, precision: str) -> float:
+        done.append(precision)
+        return 1.0
+
+    monkeypatch.setattr(machine, "settle", lambda: done.append("settled"))
+    monkeypatch.setattr(machine, "computes", lambda precision: True)
+    monkeypatch.setattr(machine, "step_seconds", step_seconds)
+    recipe = machine.resolve_precision(Recipe(arch="classic_cnn"))
+    assert done == ["settled", "32", "bf16"]
+    trainer(recipe, tmp_path, [])
+    assert done[3:] == ["settled"]

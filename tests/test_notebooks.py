@@ -116,6 +116,11 @@ def pictures(notebook: nbformat.NotebookNode) -> int:
     return sum(bool({"image/png", "image/jpeg"} & set(out.get("data", {}))) for out in outputs(notebook))
 
 
+def sizes(notebook: nbformat.NotebookNode) -> list[str]:
+    """Of each figure its size and how many axes it has."""
+    return re.findall(r"<Figure size [^>]*>", text(notebook))
+
+
 # What each must tell of an experiment, computed another way than the notebook does
 
 
@@ -225,6 +230,10 @@ def test_a_notebook_runs_on_the_committed_experiment(
     assert not [out.evalue for out in outputs(notebook) if out.output_type == "error"]
     committed_tells(name, notebook, ((90, 10), 0.5))
     assert ("No checkpoint lies here" in text(notebook)) == (name == "own_images")
+    saved = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    assert sizes(saved), "its figures are drawn"
+    if name != "own_images":  # which draws none without the checkpoint
+        assert sizes(notebook) == sizes(saved), "the figures that are committed are those that are drawn today"
 
 
 # A tiny experiment

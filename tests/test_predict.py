@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -402,6 +403,54 @@ def test_a_drawing_an_image_and_none_for_the_unreadable(
     for entry in (told[0], told[2]):
         with Image.open(entry["map"]) as drawing:
             assert drawing.width > 2 * drawing.height
+
+
+def test_a_drawing_that_cannot_be_written_is_an_error_of_its_image_alone(
+    make_checkpoint: MakeCheckpoint,
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from matplotlib.figure import Figure
+
+    long, unlucky, maps = image.with_name("x" * 250 + ".png"), image.with_name("unlucky.png"), tmp_path / "maps"
+    for copy in (long, unlucky):
+        copy.write_bytes(image.read_bytes())
+    plain = Figure.savefig
+
+    def full_disk(self: Figure, place: Path, **options: Any) -> None:
+        plain(self, place, **options)
+        if place.name.startswith("unlucky"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full_disk)
+    words = [str(make_checkpoint()), str(long), str(unlucky), str(image), "--map", "gradcam", "--output", str(maps)]
+    assert main([*words, "--json"]) == 1
+    first, second, third = json.loads(capsys.readouterr().out)["images"]
+    assert len(first["top"]) == len(second["top"]) == 2 and "map" not in first and "map" not in second
+    assert first["error"].endswith("-gradcam.png cannot be written (File name too long).")
+    assert second["error"].endswith("unlucky-gradcam.png cannot be written (No space left on device).")
+    assert "error" not in third and [str(place) for place in maps.iterdir()] == [third["map"]]
+    (maps / "good-gradcam.png").unlink()
+    assert main(words) == 1
+    told = capsys.readouterr()
+    assert [line.split(":")[0] for line in told.err.splitlines()] == ["error", "error"]
+    assert f"{long}\n" in told.out and f"{unlucky}\n" in told.out and "good-gradcam.png" in told.out
+
+
+def test_a_drawing_is_never_overwritten(
+    make_checkpoint: MakeCheckpoint, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = image.with_name("another.png")
+    other.write_bytes(image.read_bytes())
+    words = ["--map", "gradcam", "--output", str(tmp_path / "maps"), "--quiet"]
+    assert main([str(make_checkpoint()), str(image), *words]) == 0
+    capsys.readouterr()
+    there = (tmp_path / "maps" / "good-gradcam.png").read_bytes()
+    said = refused([str(make_checkpoint(classes=("plum", "fig"))), str(other), str(image), *words], capsys)
+    assert "good-gradcam.png' exists already, and results are never overwritten. Name another folder." in said
+    assert (tmp_path / "maps" / "good-gradcam.png").read_bytes() == there and len([*(tmp_path / "maps").iterdir()]) == 1
 
 
 def test_a_drawing_names_the_class_and_its_probability(make_checkpoint: MakeCheckpoint, image: Path) -> None:

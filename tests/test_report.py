@@ -25,7 +25,7 @@ from cifar_lab.evaluate import Evaluation, confident_mistakes, record_of_images,
 from cifar_lab.files import read_json, write_json
 from cifar_lab.recipe import InputError
 from tune.importance import FEWEST, importance
-from tune.report import by_rung, main, searched
+from tune.report import by_rung, main, searched, stop_section
 from tune.report import write_report as write_search_report
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -250,12 +250,23 @@ def test_the_rungs_tell_who_was_stopped_where_and_what_that_saved(page: Page) ->
 
 def test_a_rung_that_kept_no_one_and_a_search_that_stopped_no_one_have_their_table() -> None:
     curves = pd.DataFrame({"trial_id": ["a", "b"], "epoch": [1, 1], "val_acc": [0.5, 0.2]})
-    trials = pd.DataFrame({"trial_id": ["a", "b"], "reason": ["all epochs", None]})
+    trials = pd.DataFrame({"trial_id": ["a", "b"], "status": "stopped", "reason": ["all epochs", None]})
     assert by_rung(trials, curves).empty
     trials["reason"] = [f"rung 1: below the cutoff 0.{c}000 of the 4 before it" for c in (6, 7)]
     (row,) = by_rung(trials, curves).to_dict("records")
     assert (row["reached"], row["stopped"], row["kept"], row["cutoff_low"], row["cutoff_high"]) == (2, 2, 0, 0.6, 0.7)
     assert row["best_stopped"] == 0.5 and np.isnan(row["worst_kept"])
+
+
+def test_only_what_stopping_saved_counts_as_saved(tmp_path: Path) -> None:
+    trials = pd.read_csv(CLASSIC / "trials.csv")
+    (curves := pd.read_csv(CLASSIC / "curves.csv")).to_csv(tmp_path / "curves.csv", index=False)
+    ended = trials.trial_id == trials.trial_id[(trials.status == "stopped") & (trials.epochs == 1)].iloc[0]
+    trials.loc[ended, ["status", "reason"]] = ["diverged", "epoch 1: train_loss nan, val_loss nan"]
+    said = str(stop_section(tmp_path, trials, 30))
+    assert f"stopping saved {677 - 29}" in said and "1 diverged" in said
+    first, kept = by_rung(trials, curves).iloc[0], trials[(trials.epochs > 1)]
+    assert first.kept == len(kept), "a trial that diverged there was not kept"
 
 
 # The curves of thirty trials
@@ -493,7 +504,7 @@ def test_equal_answers_do_not_differ() -> None:
 )
 def test_another_test_set_is_refused_before_anything_is_written(change, words: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     for name in ("one", "other"):
-        shutil.copytree(CLASSIC, tmp_path / name)
+        shutil.copytree(CLASSIC, tmp_path / name, ignore=shutil.ignore_patterns("report.html"))
     change(tmp_path / "other")
     with pytest.raises(InputError, match=f"compare: .*{words}"):
         main([str(tmp_path / "one"), "--compare", str(tmp_path / "other")])

@@ -200,7 +200,8 @@ def script(shell: str) -> str:
         flags[name] = [flag for flag in known if name not in trainers or flag not in own["resnet"]]
         listed = {flag: choices for record in parser.options for flag, choices in values_of(record).items()}
         for flag in flags[name]:
-            offer(listed.get(flag) or parser._option_string_actions[flag].choices or (), f"{name}:*:{flag}")
+            choices = listed.get(flag) or parser.offers.get(flag) or parser._option_string_actions[flag].choices or ()
+            offer(map(str, choices), f"{name}:*:{flag}")
         positional = [action for action in shown if not action.option_strings]
         for action in positional:
             offer(action.choices or (), f"{name}:*:{name}")

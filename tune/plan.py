@@ -43,8 +43,9 @@ def sizes(base: Recipe, space: dict[str, Domain]) -> list[Recipe]:
 
 def seconds_per_image(recipes: Sequence[Recipe], threads: int) -> float:
     """Mean seconds that a training step costs an image, on `threads` threads, from a few small batches of noise."""
-    from cifar_lab.machine import step_seconds
+    from cifar_lab.machine import settle, step_seconds
 
+    settle()
     return sum(step_seconds(r, r.precision, batch=MEASURED_BATCH, threads=threads) for r in recipes) / (
         MEASURED_BATCH * len(recipes)
     )

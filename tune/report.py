@@ -13,7 +13,7 @@ import pandas as pd
 from cifar_lab import cli, plots
 from cifar_lab import report as run_report
 from cifar_lab.compare import compare
-from cifar_lab.files import read_json, write_atomically
+from cifar_lab.files import read_json, read_table, write_atomically
 from cifar_lab.page import Section, facts, note, page, pair, percent, picture, section, table
 from cifar_lab.recipe import InputError
 from cifar_lab.report import points
@@ -44,7 +44,7 @@ def warnings(best: dict[str, Any]) -> str:
 
 def winner_section(folder: Path, best: dict[str, Any], fields: Sequence[str]) -> Section:
     """Which settings won, against which other finalists, and whether they sit on an edge."""
-    finalists = pd.read_csv(folder / "finalists.csv", dtype={"trial_id": str})
+    finalists = read_table(folder / "finalists.csv", "trial_id")
     groups = finalists.groupby("trial_id").val_acc
     rows = [
         (str(trial), percent(values.mean(), 2), percent(values.std(ddof=1), 2) if len(values) > 1 else "", len(values))
@@ -89,7 +89,7 @@ def by_rung(trials: pd.DataFrame, curves: pd.DataFrame) -> pd.DataFrame:
 
 def stop_section(folder: Path, trials: pd.DataFrame, max_epochs: int) -> Section:
     """Where ASHA stopped the trials, rung by rung, and what that saved against running all of them."""
-    curves = pd.read_csv(folder / "curves.csv", dtype={"trial_id": str})
+    curves = read_table(folder / "curves.csv", "trial_id")
     rungs = by_rung(trials, curves).to_dict("records")
     rows = [
         (
@@ -111,7 +111,7 @@ def stop_section(folder: Path, trials: pd.DataFrame, max_epochs: int) -> Section
         f"({percent(saved / full, 0)}), about {duration(left)} of training at each trial's own pace. {counts}."
     )
     if (folder / "finalists.csv").exists():
-        again = pd.read_csv(folder / "finalists.csv").seconds.sum()
+        again = read_table(folder / "finalists.csv").seconds.sum()
         text += f" Training the finalists anew took {duration(again)} on top."
     figure = plots.stops(trials.epochs.tolist(), [r["rung"] for r in rungs], max_epochs)
     alt = f"Trials under way after each epoch: {trained:,} epochs of {full:,} were trained"
@@ -190,7 +190,7 @@ def write_report(folder: Path, other: Path | None = None) -> None:
     Raises:
         InputError: the other experiment, to compare with, was tested on other images.
     """
-    trials = pd.read_csv(folder / "trials.csv", dtype={"trial_id": str, "reason": str})
+    trials = read_table(folder / "trials.csv", "trial_id", "reason")
     fields = searched(trials)
     place = folder / "best.json"
     best = read_json(place) if place.exists() else None
@@ -217,8 +217,8 @@ def write_report(folder: Path, other: Path | None = None) -> None:
 
 def setting_curves(folder: Path, fields: Sequence[str]) -> pd.DataFrame:
     """curves.csv of a grid with a line a setting, named by its values where they are short, folds averaged."""
-    curves = pd.read_csv(folder / "curves.csv", dtype={"trial_id": str})
-    table_of_settings = pd.read_csv(folder / "settings.csv", dtype={"setting_id": str})
+    curves = read_table(folder / "curves.csv", "trial_id")
+    table_of_settings = read_table(folder / "settings.csv", "setting_id", "reason")
     names = {
         row["setting_id"]: f"{row['setting_id']} " + " ".join(f"{row[name]}" for name in fields)
         for row in table_of_settings.to_dict("records")
@@ -246,7 +246,7 @@ def write_grid_report(folder: Path, other: Path | None = None) -> None:
     Raises:
         InputError: the other experiment, to compare with, was tested on other images.
     """
-    made = pd.read_csv(folder / "settings.csv", dtype={"setting_id": str})
+    made = read_table(folder / "settings.csv", "setting_id", "reason")
     fields = list(made.columns)[1 : list(made.columns).index("folds")]
     place = folder / "best.json"
     best = read_json(place) if place.exists() else None
@@ -275,7 +275,7 @@ def write_grid_report(folder: Path, other: Path | None = None) -> None:
         section("Settings", warnings(best or {}), note(text), table(rows, header)),
         run_report.curve_section(folder, "Over epochs", setting_curves(folder, fields)),
     ]
-    if (folder / "test.csv").exists() and (tested := pd.read_csv(folder / "test.csv")).epoch.nunique() > 1:
+    if (folder / "test.csv").exists() and (tested := read_table(folder / "test.csv", "setting_id")).epoch.nunique() > 1:
         sections.append(test_curve_section(folder, tested))
     varied = {r["setting_id"]: ", ".join(f"{name} {r[name]}" for name in fields) for r in made.to_dict("records")}
     for file in sorted((folder / "gradients").glob("*.csv")):
