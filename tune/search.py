@@ -136,7 +136,8 @@ class Search(Campaign[SearchQuestion]):
                 self.faults.append(f"{error} With --resume it is trained again.")
                 return
         if not answers:
-            self.faults.append("each training of every finalist diverged")
+            if winner:
+                self.faults.append("each training of every finalist diverged")
             return
         best = max(answers, key=lambda finalist: finalist.val_acc)
         recipe = self.question.recipe(best.trial_id).replace(seed=best.seed)
