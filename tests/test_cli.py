@@ -261,7 +261,8 @@ def test_a_finished_training_is_left_alone_and_a_checkpoint_speaks_for_itself_on
     assert json.loads(capsys.readouterr().out) == json.loads(before) | told
     assert evaluate([str(folder / "checkpoints" / "last.ckpt"), "--quiet"]) == 0
     assert (folder / "best.json").read_text() == before
-    assert "sha256" not in json.loads((folder / "checkpoints" / "best.json").read_text())
+    last, best = (json.loads((place / "best.json").read_text()) for place in (folder / "checkpoints", folder))
+    assert last["recipe"] == best["recipe"] and last["sha256"] != best["sha256"] and "val_acc" not in last
 
 
 def test_a_refused_training_leaves_its_name_free(tmp_path: Path) -> None:
