@@ -93,6 +93,8 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
     machine.settle()
     threads = options.threads or torch.get_num_threads()
     precisions = [precision for precision in PRECISIONS if machine.computes(precision)]
+    recipes = {arch: Recipe(arch=arch, batch_size=options.batch_size) for arch in archs}
+    flops = {arch: image_flops(recipe) for arch, recipe in recipes.items()}
     jobs = [(arch, precision) for arch in archs for precision in precisions]
     speeds: dict[str, dict[str, float]] = {arch: {} for arch in archs}
     fractions: dict[str, dict[str, float]] = {arch: {} for arch in archs}
@@ -101,10 +103,9 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
         peaks = {precision: gemm_flops(precision, threads) / 1e12 for precision in precisions}
         for done, (arch, precision) in enumerate(jobs):
             bar.reached(done)
-            recipe = Recipe(arch=arch, batch_size=options.batch_size)
-            speed = options.batch_size / machine.step_seconds(recipe, precision, threads=threads)
+            speed = options.batch_size / machine.step_seconds(recipes[arch], precision, threads=threads)
             speeds[arch][precision] = speed
-            fractions[arch][precision] = speed * image_flops(recipe) / (peaks[precision] * 1e12)
+            fractions[arch][precision] = speed * flops[arch] / (peaks[precision] * 1e12)
         for done, (name, fields) in enumerate(TRANSFORMS.items(), len(jobs)):
             bar.reached(done)
             augment[name] = augment_ratio(fields)

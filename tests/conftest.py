@@ -47,15 +47,21 @@ def made():
 """
 
 
+def install_callback(site: Path, name: str, source: str) -> None:
+    """Leave in a folder for PYTHONPATH a package of whose `made()` Lightning takes a callback for every training."""
+    (site / f"{name}.py").write_text(source)
+    installed = site / f"{name}-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    entry = f"[pytorch_lightning.callbacks_factory]\n{name} = {name}:made\n"
+    (installed / "entry_points.txt").write_text(entry)
+
+
 @pytest.fixture(scope="session")
 def counter_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder which, on PYTHONPATH, has every trained epoch noted in the file that EPOCHS_TRAINED names."""
     site = tmp_path_factory.mktemp("site")
-    (site / "counter-1.0.dist-info").mkdir()
-    (site / "counter.py").write_text(COUNTER)
-    (site / "counter-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: counter\nVersion: 1.0\n")
-    entry = "[pytorch_lightning.callbacks_factory]\ncounter = counter:made\n"
-    (site / "counter-1.0.dist-info" / "entry_points.txt").write_text(entry)
+    install_callback(site, "counter", COUNTER)
     return site
 
 

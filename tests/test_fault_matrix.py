@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import pandas as pd
 import psutil
 import pytest
+from conftest import install_callback
 
 from cifar_lab import cli
 from cifar_lab.fit import fit, read_checkpoint
@@ -169,11 +170,7 @@ def search(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Ite
     from ray.cluster_utils import Cluster  # after tune.cluster, which sees to it that Ray listens on 127.0.0.1 only
 
     place = tmp_path_factory.mktemp("faults")
-    (place / "faults.py").write_text(FAULTS)
-    installed = place / "faults-1.0.dist-info"
-    installed.mkdir()
-    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: faults\nVersion: 1.0\n")
-    (installed / "entry_points.txt").write_text("[pytorch_lightning.callbacks_factory]\nfaults = faults:made\n")
+    install_callback(place, "faults", FAULTS)
     address = Path("/tmp/ray/ray_current_cluster")  # Cluster leaves it behind
     known = address.read_text() if address.exists() else None
     with pytest.MonkeyPatch.context() as patch:
