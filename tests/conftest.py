@@ -32,15 +32,18 @@ NARROW: dict[str, dict[str, Any]] = {
 }
 
 
-# Lightning takes callbacks from installed packages; this one counts the epochs that are really trained.
+# Lightning takes callbacks from installed packages; this one counts the epochs that are really trained. EPOCH_PAUSE
+# makes each so many seconds longer, for tests that must come in between.
 COUNTER = """
 import os
+import time
 from pytorch_lightning.callbacks import Callback
 
 class Counter(Callback):
     def on_train_epoch_end(self, trainer, pl_module):
         with open(os.environ["EPOCHS_TRAINED"], "a") as file:
             file.write(f"{trainer.default_root_dir} {trainer.current_epoch + 1}\\n")
+        time.sleep(float(os.environ.get("EPOCH_PAUSE", "0")))
 
 def made():
     return Counter()
