@@ -152,7 +152,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         noted = digests(path.parent).get(LAST if path.name == PREVIOUS else path.name)
         if noted and sha256(path) not in noted:
             raise ValueError("its sha256 is not the one noted when it was written")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a foreign pickle's protocol: what it is, is said below
+            content = torch.load(path, map_location="cpu", weights_only=True)
         content["hyper_parameters"]["recipe"], content["state_dict"]
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint.") from None

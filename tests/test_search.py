@@ -329,6 +329,25 @@ def test_a_finalist_that_is_damaged_before_it_is_tested_is_trained_again(
     assert again["test_acc_seeds"] == best["test_acc_seeds"] and again["test_acc"] == best["test_acc"]
 
 
+@pytest.mark.parametrize("trap", ["pickle"], indirect=True)
+def test_a_malicious_checkpoint_is_refused_before_a_resumed_search_begins(
+    whole: tuple[Path, subprocess.CompletedProcess[str]], trap: Path, tmp_path: Path
+) -> None:
+    folder, _ = whole
+    shutil.copytree(folder, tmp_path / "whole")
+    (tmp_path / "whole" / "best.json").unlink()
+    place = tmp_path / "whole" / "checkpoints" / "T000"
+    place.mkdir(exist_ok=True)
+    shutil.copy(trap, place / "last.ckpt")
+    (place / "sha256.json").unlink(missing_ok=True)  # an attacker's hand would mend it
+    before = files(tmp_path / "whole")
+    refused = search(tmp_path, "--name", "whole", "--resume")
+    said = " ".join(refused.stderr.split())
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert said.startswith("error: ") and "last.ckpt is no checkpoint of cifar_lab" in said and "remove" in said
+    assert "Traceback" not in said and files(tmp_path / "whole") == before
+
+
 def test_permuting_the_test_labels_changes_nothing_that_is_searched(
     tmp_path: Path, whole: tuple[Path, subprocess.CompletedProcess[str]]
 ) -> None:

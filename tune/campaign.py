@@ -101,6 +101,7 @@ class Campaign(ABC, Generic[Q]):
             if self.question.earlier is None and not unbegun(self.folder):
                 cli.check_new(self.folder)  # another was quicker
             self.open_record()
+            self.experiment.check_states()
             possible = False
             try:
                 options, served = self.question.options, self.question.dashboard

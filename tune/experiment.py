@@ -13,7 +13,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from cifar_lab.files import PREVIOUS, read_csv, write_csv
-from cifar_lab.fit import CURVE_COLUMNS, Row, Run, best_row, discard_state
+from cifar_lab.fit import CURVE_COLUMNS, Row, Run, best_row, discard_state, newest
 from cifar_lab.recipe import InputError
 
 Status = Literal["completed", "stopped", "diverged", "failed", "pending"]
@@ -181,6 +181,15 @@ class Experiment:
     def checkpoints(self, trial_id: str) -> Path:
         """The folder of a trial's checkpoints."""
         return self.folder / "checkpoints" / trial_id
+
+    def check_states(self) -> None:
+        """See that each training that was cut short can go on.
+
+        Raises:
+            CheckpointError: none of a training's checkpoints is whole.
+        """
+        for place in sorted(self.folder.glob("checkpoints/*")):
+            newest(place)
 
     def tidy(self, keep: int) -> None:
         """Remove what no one will read again: last checkpoints of ended trials, all of those beyond the best `keep`.
