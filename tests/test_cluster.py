@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import torch
 from ray.exceptions import ActorDiedError
 
 import tune.cluster
-from cifar_lab.recipe import Recipe
+from cifar_lab.recipe import InputError, Recipe
 from tune.cluster import Job, alive, cause, cluster, run_jobs
 from tune.heartbeat import HUNG
 
@@ -203,6 +205,22 @@ def test_the_process_ends_with_its_last_words_when_ray_is_gone(
 )
 def test_a_failure_is_told_in_words_that_all_who_met_it_share(error: Exception | None, text: str, said: str) -> None:
     assert cause(error, text).startswith(said)
+
+
+def test_a_machine_without_the_package_is_told_in_a_sentence(
+    processors: list[dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here_only(place: str, name: str) -> bool:
+        return True
+
+    assert tune.cluster.blind(str(tmp_path)) == []
+    module = types.ModuleType("here_only")
+    module.here_only = here_only  # type: ignore[attr-defined]
+    here_only.__module__, here_only.__qualname__ = "here_only", "here_only"
+    monkeypatch.setitem(sys.modules, "here_only", module)
+    monkeypatch.setattr(tune.cluster, "seen", here_only)
+    with pytest.raises(InputError, match=r"^address: a machine .*No module named 'here_only'.*\. Each needs"):
+        tune.cluster.blind(str(tmp_path))
 
 
 def test_nothing_watches_a_trial_that_was_stopped(processors: list[dict[str, float]], tmp_path: Path) -> None:

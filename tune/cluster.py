@@ -214,7 +214,11 @@ def alive(last_words: Callable[[], str]) -> Iterator[None]:
 
 
 def blind(place: str) -> list[str]:
-    """The addresses of the cluster's machines that do not see a folder or URL which is seen from here."""
+    """The addresses of the cluster's machines that do not see a folder or URL which is seen from here.
+
+    Raises:
+        InputError: one cannot run this package.
+    """
 
     def look(name: str) -> bool:
         return seen(place, name)
@@ -224,7 +228,14 @@ def blind(place: str) -> list[str]:
         there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         remote: Any = ray.remote(num_cpus=0)(look)
         looks = [remote.options(scheduling_strategy=place).remote(name) for place in there]
-        return [node["NodeManagerAddress"] for node, saw in zip(nodes, ray.get(looks), strict=True) if not saw]
+        try:
+            found = ray.get(looks)
+        except ray.exceptions.RayTaskError as error:
+            raise InputError(
+                f"address: a machine of the cluster cannot run this package ({str(error).strip().splitlines()[-1]}). "
+                "Each needs the version that is here, with the same versions of Python and Ray."
+            ) from error
+        return [node["NodeManagerAddress"] for node, saw in zip(nodes, found, strict=True) if not saw]
 
 
 def on_a_worker(function: Callable[..., T], takes: dict[str, float], *words: Any) -> T:
