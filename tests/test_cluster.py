@@ -54,13 +54,16 @@ def run(folder: Path, made: list[Job], **hooks: Any) -> None:
 
 def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: list[dict[str, float]], tmp_path: Path) -> None:
     started: list[str] = []
+    ended: list[str] = []
 
     def judge(job_id: str, row: dict[str, Any]) -> bool:
         raise OSError(28, "No space left on device")
 
+    made = jobs(tmp_path, dataset="digits")
     with pytest.raises(OSError, match="No space left on device"):
-        run(tmp_path, jobs(tmp_path, dataset="digits"), judge=judge, on_start=started.append)
+        run(tmp_path, made, judge=judge, on_start=started.append, on_end=lambda job_id, error: ended.append(job_id))
     assert started == ["T000"]
+    assert not ended, "what could not be recorded has not come to an end"
     assert not (tmp_path / "T001").exists()
 
 

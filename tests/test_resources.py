@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pandas as pd
@@ -73,10 +74,16 @@ def test_results_among_the_files_of_a_ray_job_are_refused(tmp_path: Path, monkey
     SearchOptions(results_dir=str(tmp_path / "results"))
 
 
-@pytest.mark.parametrize("address", ["nonsense", "host:port", ":1", "127.0.0.1:1", "ray://127.0.0.1:1"])
+@pytest.mark.parametrize("address", ["nonsense", "host:port", ":1", "127.0.0.1:1"])
 def test_an_address_where_nothing_listens_is_refused_at_once(address: str) -> None:
     with pytest.raises(InputError, match="Legal: HOST:PORT of a running cluster, or auto"):
         resources.check_address(address)
+
+
+def test_ray_client_is_refused_though_it_answers() -> None:
+    refused = pytest.raises(InputError, match=r"is Ray Client's.*Legal: HOST:PORT")
+    with socket.create_server(("127.0.0.1", 0)) as server, refused:
+        resources.check_address(f"ray://127.0.0.1:{server.getsockname()[1]}")
 
 
 def test_the_expected_epochs_are_near_those_of_the_committed_search() -> None:

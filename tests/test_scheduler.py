@@ -96,7 +96,10 @@ def test_rungs_refilled_from_the_curves_decide_as_uninterrupted_ones(
         if epoch <= before.get(trial, 99):
             curves.setdefault(trial, []).append((epoch, value))
     for trial, curve in curves.items():
-        second.enter(trial, curve)
+        second.enter(trial, curve, judged=len(curve))
+    for trial, curve in curves.items():  # each trial that goes on repeats its last epoch, which it passed
+        if trial not in before and curve[-1][0] in second.values:
+            assert not second.decide(trial, *curve[-1]).stop
     after = play(second, [report for report in sequence[cut:] if report[0] not in before])
     assert before | after == expected
 
@@ -109,12 +112,19 @@ def test_a_decision_asked_again_is_the_same() -> None:
     assert not first.stop
 
 
-def test_a_report_that_the_record_already_holds_is_judged_against_the_others_only() -> None:
+def test_a_report_that_was_recorded_but_not_judged_is_judged_against_the_others_only() -> None:
     rungs = Rungs(1, 9, 3)
-    rungs.enter("a", [(1, 0.9)])
-    rungs.enter("b", [(1, 0.2)])
+    rungs.enter("a", [(1, 0.9)], judged=1)
+    rungs.enter("b", [(1, 0.2)], judged=0)
     decision = rungs.decide("b", 1, 0.2)
     assert decision.stop and decision.cutoff == 0.9 and decision.judged == 1
+
+
+def test_whoever_passed_before_a_restart_is_not_stopped_by_those_who_came_later() -> None:
+    rungs = Rungs(1, 9, 3)
+    rungs.enter("a", [(1, 0.3), (2, 0.4)], judged=2)
+    rungs.enter("b", [(1, 0.5)], judged=1)
+    assert not rungs.decide("a", 1, 0.3).stop
 
 
 def test_ties_survive_and_the_first_arrival_passes() -> None:

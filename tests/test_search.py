@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +25,10 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_s
 
 from cifar_lab.evaluate import t_interval, wilson
 from cifar_lab.files import sha256
+from cifar_lab.fit import CURVE_COLUMNS, Row
+from tune.experiment import Experiment
 from tune.scheduler import Rungs
+from tune.search import Search
 from tune.simulate import Curve, policies, replay
 
 ROOT = Path(__file__).parent.parent
@@ -394,44 +398,54 @@ def test_permuting_the_test_labels_changes_nothing_that_is_searched(
     assert right["test_acc"] != wrong["test_acc"]
 
 
-def test_a_larger_num_samples_goes_on_with_new_trials_and_diverged_ones_lose(
-    results: Path, session_cache: Path
+def test_a_larger_num_samples_goes_on_with_new_trials_and_the_rungs_of_the_old_ones(
+    whole: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
-    # SGD at lr 1e-2 x momentum .999 and a huge decay diverges; a moderate lr under the same seed does not.
-    common = [
-        "--name",
-        "grown",
-        "--arch",
-        "classic_cnn",
-        "--dataset",
-        "digits",
-        "--limit_train",
-        "200",
-        "--max_epochs",
-        "2",
-    ]
-    diverging = [
-        "--optimizer",
-        "sgd",
-        "--lr",
-        "1e6",
-        "--batch_norm",
-        "false",
-        "--finalists",
-        "1",
-        "--finalist_seeds",
-        "1",
-    ]
-    first = search(results, *common, *diverging, "--num_samples", "2")
-    trials = pd.read_csv(results / "grown" / "trials.csv")
+    folder, _ = whole
+    fewer = [*QUESTION, "--max_concurrent", "1", "--num_samples", "3"]
+    assert search(folder.parent, "--name", "grown", *fewer).returncode == 0
+    assert search(folder.parent, "--name", "grown", "--resume", "--num_samples", "5").returncode == 0
+    grown = folder.parent / "grown"
+    for file in ("curves", "trials"):
+        pd.testing.assert_frame_equal(table(folder, file), table(grown, file), check_exact=True)
+    assert table(folder, "trials").reason.str.contains("below the cutoff").iloc[3:].any(), "the rungs decided nothing"
+    finalists = table(grown, "finalists").merge(table(folder, "finalists"))
+    assert len(finalists) == len(table(folder, "finalists")), "all that decide are there, and equal"
+    best, again = (json.loads((place / "best.json").read_text()) for place in (folder, grown))
+    assert [best[name] for name in ("trial_id", "test_acc")] == [again[name] for name in ("trial_id", "test_acc")]
+    kept = {f"{t}-s{s}" for t, s in zip(finalists.trial_id, finalists.seed, strict=True)} | set(finalists.trial_id)
+    assert {p.name for p in (grown / "checkpoints").iterdir()} == kept, "none of those that the new ones displaced"
+
+
+def test_where_every_trial_diverged_only_others_can_help(results: Path, session_cache: Path) -> None:
+    words = "--name diverged --arch classic_cnn --dataset digits --limit_train 200 --max_epochs 2 --num_samples 2 "
+    diverging = "--optimizer sgd --lr 1e6 --batch_norm false --finalists 1 --finalist_seeds 1"
+    first = search(results, *(words + diverging).split())
+    trials = pd.read_csv(results / "diverged" / "trials.csv")
     assert set(trials.status) == {"diverged"} and (trials.epochs == 1).all()
     assert trials.reason.str.contains("epoch 1: train_loss nan").all()
     assert first.returncode == 1 and "Traceback" not in first.stderr
-    second = search(results, "--name", "grown", "--resume", "--num_samples", "3")
-    grown = pd.read_csv(results / "grown" / "trials.csv")
-    assert second.returncode == 1
-    pd.testing.assert_frame_equal(grown[:2], trials, check_exact=True)
-    assert len(grown) == 3
+    *_, said, command = first.stdout.splitlines()
+    assert said == "Every trial diverged. Give a larger --num_samples, for others:" and command.endswith("--resume")
+
+
+def test_a_decision_is_taken_once_whenever_the_driver_dies(tmp_path: Path) -> None:
+    def row(epoch: int, val_acc: float) -> Row:
+        return dict.fromkeys(CURVE_COLUMNS, 0.5) | {"epoch": epoch, "val_acc": val_acc}
+
+    trials: dict[str, dict[str, Any]] = {name: {} for name in ("T000", "T001", "T002")}
+    first = Experiment(tmp_path, trials)
+    for name, val_acc in (("T000", 0.3), ("T001", 0.5), ("T002", 0.2)):
+        first.record(name, row(1, val_acc))
+        if name != "T002":  # which the driver did not live to judge
+            first.save_trials()
+    search = Search.__new__(Search)
+    search.experiment, search.rungs = Experiment(tmp_path, trials), Rungs(1, 9, 3)
+    search.take_up()
+    kept = Experiment(tmp_path, trials).trials
+    assert [kept[name].status for name in trials] == ["pending", "pending", "stopped"]
+    assert kept["T002"].reason == "rung 1: below the cutoff 0.4333 of the 2 before it"
+    assert not search.decide("T000", row(1, 0.3)), "it had passed as the first, and repeats that epoch"
 
 
 def test_one_worker_replays_the_searchs_curves_to_the_decisions_that_it_took(

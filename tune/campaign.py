@@ -47,6 +47,9 @@ class Campaign(ABC, Generic[Q]):
 
     # What each kind has of its own
 
+    def take_up(self) -> None:
+        """Decide what an earlier driver left undecided."""
+
     @abstractmethod
     def work(self) -> None:
         """Train what is left to be trained."""
@@ -112,6 +115,7 @@ class Campaign(ABC, Generic[Q]):
                         self.join()
                     possible = True
                     write_json(question_file(self.folder), self.question.to_dict())
+                    self.take_up()
                     self.experiment.reopen()
                     self.say(self.plan())
                     if joined.dashboard:
@@ -132,7 +136,11 @@ class Campaign(ABC, Generic[Q]):
                 if isinstance(error, InputError) and not possible:
                     raise
                 self.faults.append(self.told(error))
-            return self.conclude()
+            try:
+                return self.conclude()
+            except (KeyboardInterrupt, SystemExit):
+                print(self.last_words(), flush=True)
+                return cli.FAILED
 
     def open_record(self) -> None:
         """Read what is known of the trials."""
@@ -196,11 +204,13 @@ class Campaign(ABC, Generic[Q]):
         Raises:
             InputError: it does not.
         """
-        needed, free = self.bytes_needed(), shutil.disk_usage(self.folder).free
+        there = sum(place.stat().st_size for place in self.folder.glob("checkpoints/*/*"))
+        needed, free = self.bytes_needed() - there, shutil.disk_usage(self.folder).free
         if free < needed:
+            others = "" if self.question.earlier else ", name another disk, or take fewer finalists"
             raise InputError(
                 f"results_dir: {self.question.options.results_dir!r} has {size(free)} free, and this {self.WHAT} needs "
-                f"about {size(needed)}. Free some, name another disk, or take fewer finalists."
+                f"about {size(needed)}. Free some{others}."
             )
 
     def use(self, machines: Sequence[Mapping[str, float]]) -> None:
@@ -285,6 +295,7 @@ class Campaign(ABC, Generic[Q]):
 
         for trial in experiment.trials.values():
             bring(trial)  # an earlier driver may have died before it did
+        tidy()
 
         def judge(trial_id: str, row: Row) -> bool:
             view.heard(trial_id, row)
@@ -357,6 +368,8 @@ class Campaign(ABC, Generic[Q]):
         """What is printed last where not all is done."""
         if self.question.json:
             return cli.as_json(self.answer() if self.before is None else [*self.before, self.answer()])
+        if all(trial.status == "diverged" for trial in self.experiment.trials.values()):
+            return f"Every trial diverged. Give a larger --num_samples, for others:\n{self.question.resume_command}"
         return f"Not all is done; what was reached is kept. To go on:\n{self.question.resume_command}"
 
     def answer(self) -> dict[str, Any]:

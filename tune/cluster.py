@@ -44,7 +44,7 @@ from tune.trial import GRADIENTS, Training
 
 T = TypeVar("T")
 PLACES = ("CIFAR_LAB_DATA", "XDG_CACHE_HOME")
-LIFE_SIGN = 5.0  # seconds between two looks whether Ray lives
+LIFE_SIGN = 2.0  # seconds between two looks whether Ray lives
 LOST = 45.0  # seconds for which the head may be silent: it may be restarted, but after 60 Ray ends the process itself
 RETRIES = 2  # of a trial that raised or whose worker died; each goes on after its last checkpoint
 NO_MEMORY = ("can't allocate memory", "ALLOC_FAILED")  # how torch and CUDA's libraries say it
@@ -228,21 +228,33 @@ def blind(place: str) -> list[str]:
         there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         remote: Any = ray.remote(num_cpus=0)(look)
         looks = [remote.options(scheduling_strategy=place).remote(name) for place in there]
-        try:
-            found = ray.get(looks)
-        except ray.exceptions.RayTaskError as error:
-            raise InputError(
-                f"address: a machine of the cluster cannot run this package ({str(error).strip().splitlines()[-1]}). "
-                "Each needs the version that is here, with the same versions of Python and Ray."
-            ) from error
-        return [node["NodeManagerAddress"] for node, saw in zip(nodes, found, strict=True) if not saw]
+        return [node["NodeManagerAddress"] for node, saw in zip(nodes, answered(looks), strict=True) if not saw]
 
 
 def on_a_worker(function: Callable[..., T], takes: dict[str, float], *words: Any) -> T:
-    """What a function gives when it is called where a trial would run."""
+    """What a function gives when it is called where a trial would run.
+
+    Raises:
+        InputError: that machine cannot run this package.
+    """
     remote: Any = ray.remote(num_cpus=takes["CPU"], num_gpus=takes["GPU"])(function)
-    found: T = ray.get(remote.remote(*words))
+    found: T = answered(remote.remote(*words))
     return found
+
+
+def answered(asked: Any) -> Any:
+    """What machines of a cluster answer.
+
+    Raises:
+        InputError: one cannot run this package, or was lost.
+    """
+    try:
+        return ray.get(asked)
+    except ray.exceptions.RayError as error:
+        raise InputError(
+            f"address: a machine of the cluster cannot run this package ({str(error).strip().splitlines()[-1]}). "
+            "Each needs the version that is here, with the same versions of Python and Ray."
+        ) from error
 
 
 def shipped(folder: Path) -> dict[str, Any]:
@@ -285,7 +297,8 @@ class _Listener(ray.tune.Callback):
         self.on_start(trial.config["job"]["job_id"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self.on_end(trial.config["job"]["job_id"], "")
+        if not self.faults:  # else it was ended by us, before its last epoch was recorded perhaps
+            self.on_end(trial.config["job"]["job_id"], "")
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.in_line.add(trial.config["job"]["job_id"])

@@ -28,6 +28,7 @@ class Trial:
     rows: list[Row] = field(default_factory=list)
     status: Status = "pending"
     reason: str = ""
+    judged: int = 0  # epochs after which an earlier driver had decided: trials.csv is written then, after curves.csv
 
     @property
     def best(self) -> Row | None:
@@ -89,6 +90,7 @@ class Experiment:
         for line in read_csv(self.folder / "trials.csv"):
             if trial := self.trials.get(line["trial_id"]):
                 trial.status, trial.reason = line["status"], line["reason"]  # type: ignore[assignment]
+                trial.judged = int(line["epochs"])
         for line in read_csv(self.folder / "finalists.csv"):
             numbers = int(line["seed"]), int(line["best_epoch"]), float(line["val_acc"]), float(line["seconds"])
             self.finalists[line["trial_id"], numbers[0]] = Finalist(line["trial_id"], *numbers)
@@ -204,6 +206,11 @@ class Experiment:
                 discard_state(self.checkpoints(trial.trial_id))
                 if trial.trial_id not in kept:
                     shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)
+        for trial_id, seed in self.finalists:
+            place = self.checkpoints(finalist_id(trial_id, seed))
+            discard_state(place)
+            if trial_id not in kept:  # new trials have taken its place
+                shutil.rmtree(place, ignore_errors=True)
 
 
 def finalist_id(trial_id: str, seed: int) -> str:

@@ -32,8 +32,8 @@ while os.getppid() == parent:
     silent = silent + pause if now == last else 0.0
     last = now
     if silent > patience:
+        os.kill(parent, signal.SIGKILL)  # before the note: what hangs may be the disk
         open(note, "w").write(f"no step for {silent:.0f} s")
-        os.kill(parent, signal.SIGKILL)
         break
 """
 

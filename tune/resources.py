@@ -117,12 +117,17 @@ def check_address(address: str) -> None:
     """Refuse an address where nothing listens: Ray itself would try for many minutes.
 
     Raises:
-        InputError: no such address, or no answer within five seconds.
+        InputError: no such address, Ray Client's, or no answer within five seconds.
     """
     if address in ("auto", "local"):
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    host, _, port = address.rpartition(":")
     legal = "Legal: HOST:PORT of a running cluster, or auto."
+    if address.startswith("ray://"):
+        raise InputError(
+            f"address: {address!r} is Ray Client's, through which a search cannot be steered. Run it on a machine of "
+            f"the cluster, or as a job (ray job submit). {legal}"
+        )
     if not host or not port.isdigit():
         raise InputError(f"address: {address!r}. {legal}")
     try:

@@ -62,11 +62,16 @@ class Rungs:
         }
         self._decided: dict[tuple[str, int], Decision] = {}
 
-    def enter(self, trial_id: str, curve: Iterable[tuple[int, float]]) -> None:
-        """Put a trial's earlier (epoch, val_acc) into the rungs without judging it: what a restart begins with."""
+    def enter(self, trial_id: str, curve: Iterable[tuple[int, float]], judged: int) -> None:
+        """Put a trial's earlier (epoch, val_acc) into the rungs: what a restart begins with.
+
+        Up to the epoch `judged` it has passed, and passes again, whoever came to that rung in the meantime.
+        """
         for epoch, value in curve:
             if epoch in self.values:
                 self.values[epoch][trial_id] = value
+                if epoch <= judged:
+                    self._decided[trial_id, epoch] = Decision(stop=False, rung=epoch)
 
     def decide(self, trial_id: str, epoch: int, value: float) -> Decision:
         """Judge a trial by its val_acc after an epoch; asked again, the answer is the same."""

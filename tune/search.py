@@ -78,16 +78,26 @@ class Search(Campaign[SearchQuestion]):
     def finished(self) -> bool:
         return self.experiment.finished(self.options.finalists, self.seeds())
 
+    def take_up(self) -> None:
+        trials = self.experiment.trials.values()
+        for trial in trials:
+            curve = [(int(row["epoch"]), row["val_acc"]) for row in trial.rows if finite(row)]
+            self.rungs.enter(trial.trial_id, curve, trial.judged)
+        for trial in trials:
+            undecided = trial.status == "pending" and len(trial.rows) > trial.judged and finite(trial.rows[-1])
+            if undecided and (reason := self.decide(trial.trial_id, trial.rows[-1])):
+                self.experiment.conclude(trial.trial_id, "stopped", reason)
+
+    def decide(self, trial_id: str, row: Row) -> str:
+        """Why a trial is to stop after an epoch; empty if it is to go on."""
+        decision = self.rungs.decide(trial_id, int(row["epoch"]), row["val_acc"])
+        return str(decision) if decision.stop else ""
+
     def work(self) -> None:
-        for trial in self.experiment.trials.values():
-            self.rungs.enter(trial.trial_id, [(int(row["epoch"]), row["val_acc"]) for row in trial.rows if finite(row)])
-
-        def decide(trial_id: str, row: Row) -> str:
-            decision = self.rungs.decide(trial_id, int(row["epoch"]), row["val_acc"])
-            return str(decision) if decision.stop else ""
-
         view = self.view("search", list(self.rungs.values))
-        self.run_trials(self.experiment.pending(), view, decide, lambda: self.experiment.tidy(self.options.finalists))
+        self.run_trials(
+            self.experiment.pending(), view, self.decide, lambda: self.experiment.tidy(self.options.finalists)
+        )
         if not self.experiment.pending():
             self.run_finalists()
 
