@@ -118,6 +118,10 @@ def test_the_page_has_a_section_a_report_and_a_whole_line_a_row(tmp_path: Path) 
         ("val_acc at mixup 0.2 over mixup 0.0", "0.0", "0.0"),
         ("epoch_seconds at activation elu over activation relu", "2.34", "+2.3"),
         ("epoch_seconds", "12.0", "12.0"),
+        ("class_var", "0.00369", "36.9"),
+        ("best_epoch", "27", "27"),
+        ("tta_acc", "0.94", "94.0"),
+        ("test_loss_first at lr 0.01", "2.0", "2.000"),
     ],
 )
 def test_accuracies_are_shown_in_percent_differences_with_their_sign(metric: str, value: str, text: str) -> None:

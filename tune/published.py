@@ -17,31 +17,38 @@ Row = Mapping[str, Any]
 
 INTRODUCTION = """# Results
 
-Rendered by `python -m tune.study` from `published.csv`, which holds the same in fractions; do not edit. Accuracies are
-in percent. A study selects by validation alone, unless its variant is `as_reported`. The interval is a 95% t interval
-over seeds or folds where there are several, else the Wilson interval of n images. Where ours is empty the remarks say
-why. Each folder `STUDY/VARIANT` holds a run's tables and figures; `python -m tune.report results/STUDY/VARIANT` writes
-its page. What did not work is in [LOG.md](LOG.md).
+Rendered by `python -m tune.study` from `published.csv`, which holds the same in fractions; do not edit: after a change
+of `tune/studies`, `python -m tune.study --render` tells the runs that lie here anew. Accuracies are in percent. A study
+selects by validation alone, unless its variant is `as_reported`. The interval is a 95% t interval over seeds or folds
+where there are several, else the Wilson interval of n images. Where ours is empty the remarks say why. Each folder
+`STUDY/VARIANT` holds a run's tables and figures; `python -m tune.report results/STUDY/VARIANT` writes its page. Each
+reading of the test set is a line of its `test_readings.jsonl`; the runs of 000-final, 001-classic-cnn, 001-resnet and
+003-lr are older than that log and have none. What did not work is in [LOG.md](LOG.md).
 """
 
 
 def update(folder: Path, known: Iterable[tuple[str, str, Sequence[Row]]], made: Sequence[Row]) -> None:
-    """Replace a study's rows by what was made of them, and render.
+    """Replace the rows of studies by what was made of them, and render.
 
     Args:
         folder: where published.csv and README.md lie.
         known: of every study and variant the rows of a run that did not take place, in the order of the table.
-        made: the rows of one study and variant.
+        made: the rows of studies and variants that were run, of each all of them.
     """
     place = folder / "published.csv"
-    kept: dict[tuple[str, str], list[Row]] = {}
-    for row in read_csv(place):
-        kept.setdefault((row["study"], row["variant"]), []).append(row)
-    kept = {run: rows for run, rows in kept.items() if any(row["ours"] for row in rows)}
-    kept |= {(row["study"], row["variant"]): list(made) for row in made}
+    kept = {run: rows for run, rows in by_run(read_csv(place)).items() if any(row["ours"] for row in rows)}
+    kept |= by_run(made)
     rows = [row for study, variant, unrun in known for row in kept.get((study, variant), unrun)]
     write_csv(place, COLUMNS, rows)
     render(folder)
+
+
+def by_run(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each study and variant."""
+    runs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        runs.setdefault((row["study"], row["variant"]), []).append(row)
+    return runs
 
 
 def render(folder: Path) -> None:
@@ -76,11 +83,15 @@ def render(folder: Path) -> None:
 
 
 def shown(metric: str, value: str) -> str:
-    """A figure of the table: accuracies in percent with one decimal, losses and scores with three."""
+    """A figure of the table: accuracies in percent with one decimal, losses and scores with three, whole epochs."""
     if not value:
         return ""
     number = float(value)
     sign = "+" if " over " in metric and number > 0 else ""
     if "acc" in metric or "class_std" in metric:
         return f"{sign}{100 * number:.1f}"
+    if metric == "class_var":  # of percentages, as published
+        return f"{1e4 * number:.1f}"
+    if "best_epoch" in metric:
+        return f"{number:.0f}"
     return f"{sign}{number:.1f}" if "seconds" in metric else f"{sign}{number:.3f}"

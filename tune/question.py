@@ -15,11 +15,15 @@ from tune.resources import RunOptions
 from tune.space import Domain, configuration, space_for
 
 SWITCHES = {
-    "resume": "go on with the search --name where it was interrupted, or with a larger --num_samples",
+    "resume": "go on where it was interrupted",
     "dashboard": "serve Ray's dashboard on 127.0.0.1 while the search runs",
     "quiet": "print nothing but errors and the last lines",
     "json": "print nothing but errors and, at the end, JSON: best.json with the folder, how many trials are in which "
     "status, and the command that goes on, or null",
+}
+RESUME = {
+    "search": "go on with the search --name where it was interrupted, or with a larger --num_samples",
+    "grid": "go on with the grid --name where it was interrupted",
 }
 # The options that decide a result; the others may differ when a search is resumed, but are as they were if not given.
 DECISIVE = ("num_samples", "grace_period", "reduction_factor", "finalists", "finalist_seeds")
@@ -195,7 +199,8 @@ def read_words(
     Raises:
         InputError: an unknown flag, an impossible option, a folder that exists or one that does not.
     """
-    given, own = cli.parse(f"python -m {module}", description, argv, options=options, switches=SWITCHES, lists=lists)
+    told = {**SWITCHES, "resume": RESUME[what]}
+    given, own = cli.parse(f"python -m {module}", description, argv, options=options, switches=told, lists=lists)
     switches = cli.switched(SWITCHES, own)
     name = cli.settled_name(own.get("name"), given, what=what, resume=switches["resume"])
     folder = Path(own.get("results_dir", RunOptions.results_dir)).absolute() / name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -64,6 +64,7 @@ class Study:
         carry: fields taken over from the best setting of other studies.
         gradients: whether gradient histograms are kept.
         every_epoch: whether each epoch's weights are, to be tested after the end.
+        tta: test-time augmentation, reported beside the plain test figure.
         note: what it does otherwise than its report.
     """
 
@@ -82,6 +83,7 @@ class Study:
     carry: list[dict[str, Any]] = field(default_factory=list)
     gradients: bool = False
     every_epoch: bool = False
+    tta: str = "none"
     note: str = ""
 
     @property
@@ -232,14 +234,18 @@ def question_of(
         return SearchQuestion(
             options=search, base=base, space=dict(sorted({**space, **more}.items())), **shared
         ).checked()
-    settings = study.settings or combinations(study.grid)
-    kept = [{name: value for name, value in setting.items() if name not in given} for setting in settings]
-    unique = [setting for i, setting in enumerate(kept) if setting not in kept[:i]]
     grid = GridOptions(**{**common, **was.get("grid", {}), **asked})
     return GridQuestion(
-        options=grid, base=Recipe(**fixed), settings=unique, gradients=study.gradients, every_epoch=study.every_epoch,
-        **shared,
+        options=grid, base=Recipe(**fixed), settings=settings_of(study, given), gradients=study.gradients,
+        every_epoch=study.every_epoch, **shared,
     ).checked()  # fmt: skip
+
+
+def settings_of(study: Study, given: Collection[str]) -> list[dict[str, Any]]:
+    """The settings of a grid, the fields that were given taken out of them."""
+    settings = study.settings or combinations(study.grid)
+    kept = [{name: value for name, value in setting.items() if name not in given} for setting in settings]
+    return [setting for i, setting in enumerate(kept) if setting not in kept[:i]]
 
 
 def study_folder(study: Study, results_dir: str) -> Path:
@@ -272,7 +278,7 @@ def catalogue() -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     name, words = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    if not name and not {"-h", "--help", "--list"} & set(argv):
+    if not name and not {"-h", "--help", "--list", "--render"} & set(argv):
         raise InputError("study: none is named. Legal: python -m tune.study NAME, or --list for the names.")
     variants = chosen(name, None) if name else []
     given, own = cli.parse(
@@ -282,11 +288,20 @@ def main(argv: Sequence[str]) -> int:
         options=StudyOptions,
         switches={
             **SWITCHES,
+            "resume": "go on with the study where it was interrupted; with a search also to a larger --num_samples",
+            "render": "write the table of --published_dir anew after a declaration has changed; nothing is run",
             "list": "a line a study and variant: name, architecture, published figure; nothing is run",
         },
         default_arch=variants[0].arch if variants else "resnet",
     )
-    listed, switches = own.pop("list", False), cli.switched(SWITCHES, own)
+    listed, rendered, switches = own.pop("list", False), own.pop("render", False), cli.switched(SWITCHES, own)
+    if rendered:
+        if name or listed or any(switches.values()) or given or set(own) - {"published_dir"}:
+            raise InputError("--render: nothing but --published_dir goes with it.")
+        from tune.reproduce import refresh
+
+        refresh(Path(StudyOptions(**own).published_dir))
+        return cli.DONE
     if listed:
         if name or given or own:
             raise InputError("--list: nothing but --json goes with it.")
