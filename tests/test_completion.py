@@ -38,7 +38,7 @@ def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bash(scripts: Path, commands: str, before: str = "") -> list[str]:
     """What commands print, as words, in a bash that has sourced the script, after what came `before`."""
     lines = f"{before}\nsource {scripts}/bash\n{TAB}\n{commands}"
-    done = subprocess.run(["bash", "--norc", "-c", lines], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", "--norc", "-c", lines], capture_output=True, text=True, timeout=200)
     assert done.stderr == "" and done.returncode == 0
     return done.stdout.split()
 
@@ -124,7 +124,7 @@ def test_zsh_has_the_same(scripts: Path) -> None:
         tab python -m tune.asha --optimizer=ad
         tab python x.py
     """
-    done = subprocess.run(["zsh", "-f", "-c", lines], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["zsh", "-f", "-c", lines], capture_output=True, text=True, timeout=200)
     assert done.stderr == "" and done.stdout.split() == ["18", "34", "50", "sgd", "adam", "adamw", "muon", "own"]
 
 

@@ -119,7 +119,7 @@ async def visit(url: str, token: str) -> list[str]:
                         count += 1
                         await socket.send_json({"id": count, "method": method, "params": parameters})
                         while True:
-                            said = await socket.receive_json(timeout=30)
+                            said = await socket.receive_json(timeout=100)
                             if said.get("id") == count:
                                 return dict(said["result"])
 
@@ -148,7 +148,7 @@ async def visit(url: str, token: str) -> list[str]:
                     return [before, actors, await text("RUNNING")]
         finally:
             browser.terminate()
-            browser.wait(timeout=30)
+            browser.wait(timeout=100)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Itera
             [sys.executable, *words], stdout=out, stderr=subprocess.STDOUT, env={**os.environ, **own}, cwd=ROOT
         )
         try:
-            url, until = None, time.monotonic() + 300
+            url, until = None, time.monotonic() + 900
             while url is None:
                 assert search.poll() is None and time.monotonic() < until, (results / "out").read_text()
                 url = re.search(r"Dashboard: (http://127\.0\.0\.1:(\d+))", (results / "out").read_text())
@@ -187,7 +187,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> Itera
         finally:
             pool.shutdown()
             search.terminate()
-            search.wait(timeout=60)
+            search.wait(timeout=200)
     found.out = (results / "out").read_text()
     assert search.returncode == 0, found.out
     yield found

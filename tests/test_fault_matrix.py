@@ -257,7 +257,7 @@ def finished(search: Search, full_in_the_search: Ran) -> Ran:
         above = {parent.pid for parent in process.parents()}
         (machine,) = [machine for machine in search.machines.worker_nodes if raylet(machine) in above]
         search.machines.remove_node(machine, allow_graceful=False)
-        process.wait(timeout=60)
+        process.wait(timeout=200)
         search.set_faults()
 
     thread = threading.Thread(target=lose, daemon=True)

@@ -251,15 +251,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, session_cache: Path) -> dict[s
         patch.setenv("XDG_CACHE_HOME", str(session_cache))
         patch.delenv("CIFAR_LAB_DATA", raising=False)
         process = start(folder, "--name", "grid", *QUESTION)
-        curves, until = folder / "grid" / "curves.csv", time.monotonic() + 300
+        curves, until = folder / "grid" / "curves.csv", time.monotonic() + 900
         while not any(2 <= n < 4 for n in lengths(curves).values()):
             assert time.monotonic() < until and process.poll() is None
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=120)
+        process.communicate(timeout=400)
         reached = lengths(curves)
         done = start(folder, "--name", "grid", "--resume")
-        out, err = done.communicate(timeout=300)
+        out, err = done.communicate(timeout=900)
     assert done.returncode == 0, err
     saved = (folder / "epochs").read_text().splitlines()
     return {

@@ -136,7 +136,7 @@ def test_what_is_impossible_is_refused_with_the_value_and_the_legal_ones(words: 
 
 def test_a_refusal_exits_2_with_one_paragraph(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tune.kfold", "--results_dir", str(tmp_path / "results"), "--grid", "lr"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=400)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: --grid: 'lr'. Legal: FIELD=VALUE") and "Traceback" not in done.stderr
     assert not (tmp_path / "results").exists()

@@ -104,7 +104,7 @@ def executed(tiny: Path, session_cache: Path) -> dict[tuple[str, str], nbformat.
         patch.setenv("XDG_CACHE_HOME", str(session_cache))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
         where = {"metadata": {"path": str(ROOT / "notebooks")}}
-        NotebookClient(whole, timeout=300, allow_errors=True, resources=where).execute()
+        NotebookClient(whole, timeout=900, allow_errors=True, resources=where).execute()
     return runs
 
 

@@ -282,12 +282,12 @@ def test_a_search_cut_short_and_resumed_equals_the_uninterrupted_one(
     asked = ["--json"] if fault is signal.SIGINT else []
     process = start(folder.parent, "--name", name, "--max_concurrent", "1", *QUESTION, *asked)
     curves = folder.parent / name / "curves.csv"
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while (len(curves.read_text().splitlines()) if curves.exists() else 0) < 4:
         assert time.monotonic() < until and process.poll() is None
         time.sleep(0.02)
     process.send_signal(fault)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=400)
     reached = len(curves.read_text().splitlines()) - 1
     if fault is signal.SIGINT:
         assert process.returncode == 1

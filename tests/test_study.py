@@ -24,6 +24,7 @@ from cifar_lab.files import read_csv
 from cifar_lab.models import build
 from cifar_lab.recipe import InputError, Recipe
 from cifar_lab.report import scale
+from tune import study as declared
 from tune.experiment import Trial
 from tune.grid import METRICS, Setting
 from tune.grid_question import GridQuestion
@@ -430,6 +431,13 @@ def test_every_committed_run_names_its_study_and_its_scale_in_the_headline(file:
     assert scale(best) == f" {name}, {variant}: {rows[0]['scale']}."
 
 
+@pytest.mark.parametrize("file", COMMITTED, ids=lambda file: "-".join(file.parts[-3:-1]))
+def test_every_committed_run_still_has_what_its_sources_found_best(file: Path) -> None:
+    name, variant = file.parts[-3:-1]
+    took, recipe = declared.carried(studies()[name][variant], ROOT / "results"), json.loads(file.read_text())["recipe"]
+    assert {field: recipe[field] for field in took} == took
+
+
 def test_the_committed_table_is_what_the_declarations_and_the_committed_runs_say(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "results", tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("runs", "*.html"))
     before = files(tmp_path)
@@ -473,7 +481,7 @@ def test_what_died_is_told_beside_the_accuracy() -> None:
 def start(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "80", "RAY_worker_niceness": "0"}
     command = [sys.executable, "-m", "tune.study", *words, *places(folder)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900)
 
 
 Ran = tuple[Path, subprocess.CompletedProcess[str]]

@@ -80,7 +80,7 @@ class Machine:
 
     def run(self, *words: str, **environment: str) -> str:
         process = self.start(*words, **environment)
-        out, _ = process.communicate(timeout=300)
+        out, _ = process.communicate(timeout=900)
         assert process.returncode == 0, out
         return out
 
@@ -145,7 +145,7 @@ def test_a_disk_that_one_machine_lacks_is_refused_and_the_way_out_named(cluster:
     head, worker = cluster
     head.run(sys.executable, "-c", IMAGES.format(f"{head.disk}/images"))
     process = search(head, "--address", f"{head.address}:6379", "--data_dir", f"{head.disk}/images", *QUESTION.split())
-    out, _ = process.communicate(timeout=300)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode == 2, out
     assert f"results_dir: '{head.disk}/results/both' is not seen from {worker.address}." in " ".join(out.split())
     assert "--storage" in out and "Traceback" not in out
@@ -158,7 +158,7 @@ def test_a_search_on_both_killed_and_resumed_loses_nothing(cluster: list[Machine
     where = ["--address", f"{head.address}:6379", "--data_dir", f"{head.disk}/images"]
     where += ["--storage", f"ftp://lab:secret@{head.address}:2121/checkpoints"]
     process = search(head, *where, *QUESTION.split())
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while len(read(head, "results/both/curves.csv").splitlines()) < 4:
         assert process.poll() is None and time.monotonic() < until, process.communicate()
     process.kill()
