@@ -8,6 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+import tune.storage
 from cifar_lab.files import LAST, PREVIOUS
 from cifar_lab.fit import fit, newest
 from cifar_lab.recipe import InputError, Recipe
@@ -82,6 +83,32 @@ def test_an_upload_that_never_came_costs_one_epoch(mirror: Mirror, tmp_path: Pat
     Mirror(f"file://{tmp_path}/there/T000", tmp_path / "elsewhere").pull()
     found = newest(tmp_path / "elsewhere")
     assert found is not None and found[0].name == PREVIOUS
+
+
+def test_a_storage_that_fails_for_a_moment_costs_nothing(
+    epochs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = Mirror(f"file://{tmp_path}/there/T000", tmp_path / "here")
+    shutil.copytree(epochs[0], tmp_path / "here")
+    mirror.push()
+    monkeypatch.setattr(tune.storage, "PAUSES", (0.0, 0.0))
+    put, failed = mirror.files.put_file, []
+
+    def put_file(*words: str) -> None:
+        if len(failed) < 2:
+            failed.append(words)
+            raise ConnectionResetError("by the test")
+        put(*words)
+
+    monkeypatch.setattr(mirror.files, "put_file", put_file)
+    shutil.copytree(epochs[1], tmp_path / "here", dirs_exist_ok=True)
+    mirror.push()
+    assert len(failed) == 2 and contents(tmp_path / "there" / "T000") == contents(tmp_path / "here")
+    failed.clear()
+    monkeypatch.setattr(tune.storage, "PAUSES", (0.0,))
+    shutil.copytree(epochs[0], tmp_path / "here", dirs_exist_ok=True)
+    with pytest.raises(OSError, match=r"cannot be used \(by the test\)"):
+        mirror.push()
 
 
 def test_what_is_gone_here_is_removed_there(mirror: Mirror, tmp_path: Path) -> None:

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import fsspec
 
 from cifar_lab.files import DIGESTS, LAST, PREVIOUS
 from cifar_lab.recipe import InputError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+PAUSES = (1.0, 5.0, 20.0)  # seconds before each further try
+
+
+def patient(work: Callable[P, T]) -> Callable[P, T]:
+    """Try again what met an OSError, such as a storage that does not answer for a moment, a few times."""
+
+    @functools.wraps(work)
+    def trying(*args: P.args, **named: P.kwargs) -> T:
+        for pause in PAUSES:
+            try:
+                return work(*args, **named)
+            except OSError:
+                time.sleep(pause)
+        return work(*args, **named)
+
+    return trying
 
 
 class Mirror:
@@ -25,6 +47,7 @@ class Mirror:
         self.url, self.folder = url, folder
         self.sent: dict[str, tuple[int, int]] = {}
 
+    @patient
     def pull(self) -> None:
         """Bring what lies at the URL here."""
         with told(self.url):
@@ -35,6 +58,7 @@ class Mirror:
                 self.files.get_file(f"{self.root}/{name}", str(self.folder / name))
         self.sent = self._state()
 
+    @patient
     def push(self) -> None:
         """Send what changed since the last time; remove there what is gone here."""
         state = self._state()
@@ -52,6 +76,7 @@ class Mirror:
                 self.files.rm_file(f"{self.root}/{name}")
         self.sent = state
 
+    @patient
     def remove(self) -> None:
         """Leave nothing at the URL."""
         with told(self.url):
