@@ -1,13 +1,20 @@
-"""Layers that architectures share: a convolution whose fast gradient is the plain one."""
+"""What architectures share: activations, initialisation, a convolution whose fast gradient is the plain one."""
 
 from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from cifar_lab.layers import NARROW, SIDE_BY_SIDE, Conv3x3, _Conv3x3
+from cifar_lab import models
+from cifar_lab.layers import ACTIVATIONS, NARROW, SIDE_BY_SIDE, Activation, Conv3x3, Init, _Conv3x3, initialise
+from cifar_lab.recipe import Recipe
 
 N = 2 * SIDE_BY_SIDE
 
@@ -55,3 +62,95 @@ def test_images_lie_side_by_side_only_where_that_is_faster(
         assert torch.equal(out, F.conv2d(images, layer.weight, padding=padding))
     out.float().square().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+
+
+FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {
+    "relu": (F.relu, lambda x: max(x, 0.0)),
+    "leaky_relu": (F.leaky_relu, lambda x: x if x > 0 else 0.01 * x),
+    "elu": (F.elu, lambda x: x if x > 0 else math.expm1(x)),
+    "gelu": (F.gelu, lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_an_activation_is_the_function_of_its_name(name: str) -> None:
+    x = torch.linspace(-4, 4, 81, dtype=torch.double)
+    torchs, formula = FUNCTIONS[name]
+    y = ACTIVATIONS[name]()(x)
+    assert torch.equal(y, torchs(x))
+    torch.testing.assert_close(y, torch.tensor([formula(value) for value in x.tolist()], dtype=torch.double))
+
+
+def test_every_activation_has_its_function_in_this_file() -> None:
+    assert set(ACTIVATIONS) == set(FUNCTIONS) == set(typing.get_args(Activation))
+
+
+@pytest.mark.parametrize("arch", [arch for arch in models.ARCHITECTURES if "activation" in models.parameters(arch)])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_network_has_the_activation_that_was_asked_for_and_no_other(arch: str, name: str) -> None:
+    with torch.device("meta"):
+        layers = list(models.build(Recipe(arch=arch, activation=name), 10).modules())
+    assert {type(layer) for layer in layers} & set(ACTIVATIONS.values()) == {ACTIVATIONS[name]}
+
+
+# Of an initialisation the standard deviation of the weights, from what comes in and goes out, and whether it is normal.
+DRAWN: dict[str, tuple[Callable[[int, int], float], bool]] = {
+    "default": (lambda into, out: math.sqrt(1 / 3 / into), False),  # PyTorch's: uniform up to 1 / sqrt(into)
+    "xavier": (lambda into, out: math.sqrt(2 / (into + out)), False),
+    "kaiming": (lambda into, out: math.sqrt(2 / into), True),
+}
+
+
+def drawn_as(weight: Tensor, init: str) -> None:
+    """Assert what may be told of the weights (out, in, ...) of one layer without knowing the generator."""
+    deviation, normal = DRAWN[init]
+    field = weight[0, 0].numel()
+    expected = deviation(weight.shape[1] * field, weight.shape[0] * field)
+    n = weight.numel()
+    assert abs(float(weight.mean())) < 4 * expected / math.sqrt(n)
+    # The standard error of a standard deviation of n normal draws; that of uniform ones is smaller.
+    assert float(weight.std()) == pytest.approx(expected, rel=4 / math.sqrt(2 * n))
+    largest = float(weight.abs().max()) / expected
+    assert largest > 2 if normal else 1.6 < largest <= math.sqrt(3) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("init", DRAWN)
+@pytest.mark.parametrize(
+    "layer", [lambda: nn.Linear(120, 84), lambda: nn.Conv2d(16, 48, 5), lambda: nn.Conv2d(8, 400, 1)],
+    ids=["dense", "5x5", "1x1"],
+)  # fmt: skip
+def test_an_initialisation_draws_with_the_deviation_its_source_gives(init: Init, layer: Callable[[], Any]) -> None:
+    torch.manual_seed(0)
+    made = layer()
+    initialise(nn.Sequential(made), init, (nn.Linear, nn.Conv2d))
+    drawn_as(made.weight.detach(), init)
+    assert made.bias.any() == (init == "default")
+
+
+def test_every_initialisation_has_its_deviation_in_this_file() -> None:
+    assert set(DRAWN) == set(typing.get_args(Init))
+
+
+@pytest.mark.parametrize(
+    ("arch", "kinds"), [("classic_cnn", (nn.Linear,)), ("three_layer_cnn", (nn.Linear, nn.Conv2d))]
+)
+@pytest.mark.parametrize("init", DRAWN)
+def test_a_network_draws_the_layers_it_names_so_and_leaves_the_others_to_pytorch(
+    arch: str, kinds: tuple[type, ...], init: str
+) -> None:
+    torch.manual_seed(0)
+    for layer in models.build(Recipe(arch=arch, init=init), 10).modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            drawn_as(layer.weight.detach(), init if isinstance(layer, kinds) else "default")
+
+
+@pytest.mark.parametrize("arch", ["resnet", "nf_resnet"])
+def test_a_residual_network_draws_its_convolutions_after_he(arch: str) -> None:
+    torch.manual_seed(0)
+    for layer in models.build(Recipe(arch=arch, width=16), 10).modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d)):
+            drawn_as(layer.weight.detach(), "kaiming" if isinstance(layer, nn.Conv2d) else "default")
+
+
+def test_every_network_with_an_initialisation_to_choose_is_tested_here() -> None:
+    assert [a for a in models.ARCHITECTURES if "init" in models.parameters(a)] == ["classic_cnn", "three_layer_cnn"]

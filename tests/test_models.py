@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -16,8 +17,11 @@ from conftest import NARROW
 from torch import Tensor, nn
 
 from cifar_lab import models
+from cifar_lab.files import read_csv
 from cifar_lab.models import ARCHITECTURES, build
 from cifar_lab.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
 
 # What a training begins from is no part of the network that is built: tests/test_pretrained.py shows what it does.
 OWN = [(a, name) for a in ARCHITECTURES for name in models.parameters(a) if (a, name) != ("pretrained", "weights")]
@@ -63,10 +67,28 @@ def test_the_seed_determines_the_weights(arch: str) -> None:
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
+def classic_parameters(depth: int) -> int:
+    """Of classic_cnn: two convolutions of 5x5, then ones of 3x3 that double the channels, and three dense layers."""
+    total, channels = (3 * 25 + 1) * 6 + (6 * 25 + 1) * 16, 16
+    for _ in range(depth - 2):
+        total, channels = total + (channels * 9 + 1) * 2 * channels, 2 * channels
+    return total + (channels * 5 * 5 + 1) * 120 + (120 + 1) * 84 + (84 + 1) * 10
+
+
+def speed_parameters(a: int, b: int, c: int, depth: int) -> int:
+    """Of speed_cnn: the whitening's bias, a bias a norm, no other; the whitening filters are not trained."""
+    pairs = [(32, a), (a, b), (b, c)]
+    return 32 + sum(9 * into * out + 9 * out * out * (depth - 1) + depth * out for into, out in pairs) + c * 10
+
+
 @pytest.mark.parametrize(
     ("fields", "parameters"),
     [
         ({"arch": "classic_cnn"}, 62_006),
+        *(({"arch": "classic_cnn", "depth": depth}, classic_parameters(depth)) for depth in (2, 3, 4, 5, 6)),
+        ({"arch": "speed_cnn"}, 1_975_968),
+        ({"arch": "speed_cnn"}, speed_parameters(64, 256, 256, 2)),
+        ({"arch": "speed_cnn", "widths": "128,384,512", "depth": 3}, speed_parameters(128, 384, 512, 3)),
         ({"arch": "resnet", "depth": 18}, 11_173_962),
         ({"arch": "resnet", "depth": 34}, 21_282_122),
         ({"arch": "resnet", "depth": 50}, 23_520_842),
@@ -124,7 +146,7 @@ def test_a_narrow_resnet_does_not_crash_the_process(width: int) -> None:
         "[network(images).sum().backward() for _ in range(10)]; network.eval(); network(images[:37])"
     )
     command = [sys.executable, "-c", code, str(width)]
-    assert subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, timeout=120).returncode == 0
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
 
 
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 32), ("imagenet", 8)])
@@ -186,3 +208,187 @@ def test_a_softmax_before_the_cross_entropy_sets_it_a_floor(softmax: bool) -> No
         assert (loss >= floor - 1e-6).all() and abs(float(loss.min()) - 1.4612) < 1e-4
     else:
         assert loss.max() < 0.1
+
+
+# Networks whose images weight the branches of a block for themselves
+
+WEIGHING = ("mixed_kernel_cnn", "dynamic_cnn")
+
+
+def lively(arch: str, **fields: Any) -> Any:
+    """A network in eval mode, its norms with statistics and affine parts of their own, its shares far from equal."""
+    network = make(arch, **fields)
+    for layer in network.modules():
+        if isinstance(layer, (nn.BatchNorm2d, nn.BatchNorm1d)):
+            for tensor in (layer.weight, layer.bias, layer.running_mean, layer.running_var):
+                assert tensor is not None
+                nn.init.uniform_(tensor, 0.5, 1.5)
+        if hasattr(layer, "branches"):
+            for own in layer.weights.modules():
+                if isinstance(own, nn.Linear):
+                    nn.init.normal_(own.weight, std=0.5)
+    return network.eval()
+
+
+def colored(n: int) -> Tensor:
+    """Images of a mean color each: that alone is what the first block weights its branches by."""
+    return images(n) + torch.randn(n, 3, 1, 1, generator=torch.Generator().manual_seed(2))
+
+
+def blocks_of(network: Any) -> list[Any]:
+    return [layer for layer in network.modules() if hasattr(layer, "branches")]
+
+
+def maps_of(network: Any) -> list[tuple[str, tuple[int, int]]]:
+    """What the blocks and the pooling after them make: kind, channels and side, in the order of the network."""
+    seen: list[tuple[str, tuple[int, int]]] = []
+    layers = blocks_of(network) + [layer for layer in network.modules() if isinstance(layer, nn.MaxPool2d)]
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda layer, _, out: seen.append((type(layer).__name__, (out.shape[1], out.shape[2])))
+        )
+    network(images(2))
+    return seen
+
+
+def normalised(x: Tensor, norm: Any) -> Tensor:
+    """Batch norm in eval mode, of one image (C, H, W)."""
+    scale = norm.weight / (norm.running_var + 1e-5).sqrt()
+    return (x - norm.running_mean[:, None, None]) * scale[:, None, None] + norm.bias[:, None, None]
+
+
+def by_hand(block: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A block's shares (N, branches) and output, an image and a branch at a time."""
+    shares, outputs = [], []
+    for image in x:
+        asked = image.mean((1, 2))
+        for layer in block.weights:
+            if isinstance(layer, nn.Linear):
+                asked = layer.weight @ asked + layer.bias
+            elif isinstance(layer, nn.ReLU):
+                asked = asked.clamp_min(0)
+        share = asked.exp() / asked.exp().sum()
+        total: Any = 0
+        for weight, branch in zip(share, block.branches, strict=True):
+            alone = isinstance(branch, nn.Conv2d)
+            kernel = branch.weight if alone else branch[0].weight
+            out = nn.functional.conv2d(image[None], kernel, padding=kernel.shape[2] // 2)[0]
+            total = total + weight * (out if alone else normalised(out, branch[1]).clamp_min(0))
+        shares.append(share)
+        outputs.append(normalised(total, block.norm).clamp_min(0) if hasattr(block, "norm") else total)
+    return torch.stack(shares), torch.stack(outputs)
+
+
+@pytest.mark.parametrize("arch", WEIGHING)
+def test_a_block_is_the_weighted_sum_of_its_branches_by_hand(arch: str) -> None:
+    network = lively(arch)
+    met: list[tuple[Any, Tensor, Tensor]] = []
+    said: list[Tensor] = []
+    for block in blocks_of(network):
+        block.register_forward_hook(lambda block, args, out: met.append((block, args[0], out)))
+        block.weights.register_forward_hook(lambda _, args, out: said.append(out))
+    with torch.no_grad():
+        network(colored(3))
+        for (block, x, out), shares in zip(met, said, strict=True):
+            expected_shares, expected = by_hand(block, x)
+            torch.testing.assert_close(shares, expected_shares)
+            torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("arch", WEIGHING)
+def test_the_shares_of_the_branches_sum_to_1_and_are_each_images_own(arch: str) -> None:
+    network = lively(arch)
+    said: list[Tensor] = []
+    for block in blocks_of(network):
+        block.weights.register_forward_hook(lambda _, args, out: said.append(out.detach()))
+    network(colored(8))
+    for shares, block in zip(said, blocks_of(network), strict=True):
+        assert shares.shape == (8, len(block.branches)) and (shares > 0).all()
+        torch.testing.assert_close(shares.sum(1), torch.ones(8))
+        assert (shares.std(0) > 1e-4).all()
+
+
+def test_mixed_kernel_cnn_has_kernels_of_1_3_and_5_and_pools_after_blocks_2_4_and_5() -> None:
+    network = lively("mixed_kernel_cnn")
+    for block in blocks_of(network):
+        assert [branch.kernel_size for branch in block.branches] == [(1, 1), (3, 3), (5, 5)]
+    assert maps_of(network) == [
+        ("Block", (4, 32)), ("Block", (4, 32)), ("MaxPool2d", (4, 16)), ("Block", (8, 16)), ("Block", (8, 16)),
+        ("MaxPool2d", (8, 8)), ("Block", (16, 8)), ("MaxPool2d", (16, 4)), ("Block", (16, 4)),
+    ]  # fmt: skip
+
+
+def test_dynamic_cnn_pools_between_its_segments_alone_and_doubles_its_channels_there() -> None:
+    network = lively("dynamic_cnn", num_blocks="2,1,1", branches=3, kernel=5)
+    for block in blocks_of(network):
+        assert [branch[0].kernel_size for branch in block.branches] == [(5, 5)] * 3
+    assert maps_of(network) == [
+        ("Block", (4, 32)), ("Block", (4, 32)), ("MaxPool2d", (4, 16)), ("Block", (8, 16)), ("MaxPool2d", (8, 8)),
+        ("Block", (16, 8)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_nothing_bends_the_logits(arch: str) -> None:
+    # In the last dense layer, and there alone, the answers are linear: twice its weights, twice the logits.
+    network = make(arch).eval()
+    last = [layer for layer in network.modules() if isinstance(layer, nn.Linear)][-1]
+    last.bias = None
+    with torch.no_grad():
+        once = network(images(16))
+        last.weight *= -2
+        torch.testing.assert_close(network(images(16)), -2 * once)
+    assert once.min() < 0 < once.max()
+
+
+# The README's table of architectures
+
+
+def readme_table() -> dict[str, dict[str, str]]:
+    """The rows under "## Architectures", by their first cell, a cell by its column."""
+    text = (ROOT / "README.md").read_text().partition("\n## Architectures\n")[2].partition("\n## ")[0]
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    header, _, *rows = lines
+    return {row[0].strip("`"): dict(zip(header, row, strict=True)) for row in rows}
+
+
+def test_every_architecture_has_its_row_in_the_readme() -> None:
+    assert sorted(readme_table()) == list(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_the_readme_counts_the_parameters_of_the_default_network(arch: str) -> None:
+    stated = re.fullmatch(r"([\d,]+)(?: (?:at (depth) |with (resnet))(\d+))?", readme_table()[arch]["parameters"])
+    assert stated
+    fields = {"depth": int(stated[4])} if stated[2] else {"backbone": f"resnet{stated[4]}"} if stated[3] else {}
+    with torch.device("meta"):
+        assert f"{count(build(Recipe(arch=arch, **fields), 10)):,}" == stated[1]
+
+
+ACCURACIES = [
+    (arch, *quoted)
+    for arch, row in readme_table().items()
+    for quoted in re.findall(r"([\d.]+)% (test|validation), ([^;]*)", row["accuracy so far"])
+]
+
+
+def test_an_accuracy_in_the_readme_is_one_of_test_or_validation_and_says_how_it_came_about() -> None:
+    for arch, row in readme_table().items():
+        told = row["accuracy so far"]
+        assert told.count("%") == sum(a == arch for a, *_ in ACCURACIES) and (told.count("%") or "no" in told), arch
+
+
+@pytest.mark.parametrize(("arch", "accuracy", "part", "how"), ACCURACIES, ids=str)
+def test_an_accuracy_in_the_readme_is_a_row_of_published(arch: str, accuracy: str, part: str, how: str) -> None:
+    metric = {"test": r"test_acc(_max|_last)?", "validation": "val_acc"}[part] + "( at (?!class)(?!.* over ).*)?"
+    scales = []
+    for row in read_csv(ROOT / "results" / "published.csv"):
+        if not row["ours"] or not re.fullmatch(metric, row["metric"]) or f"{100 * float(row['ours']):.1f}" != accuracy:
+            continue
+        best = ROOT / "results" / row["study"] / row["variant"] / "best.json"
+        if json.loads(best.read_text())["recipe"]["arch"] == arch:
+            scales.append(f"{row['scale']}; {len(row['seed'].split())} seeds")
+    assert scales, f"{arch}: no run in results/published.csv reached {accuracy}% {part}"
+    told = [r"(?<![\d,])" + re.escape(number) for number in re.findall(r"width \d+|\d+ seeds|[\d,]+(?= images)", how)]
+    told += [rf"(?<![\d,]){number} (of \d+ )?epochs?\b" for number in re.findall(r"(\d+) epoch", how)]
+    assert any(all(re.search(one, scale) for one in told) for scale in scales), f"{how}: published.csv has {scales}"

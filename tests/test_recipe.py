@@ -345,11 +345,67 @@ def test_the_same_recipe_leaves_the_same_weights_and_curves(trained: Trained, tm
 
 
 @pytest.mark.parametrize("name", [name for name in MOVES if name != "arch"])
-def test_every_field_moves_something(name: str, trained: Trained, tmp_path: Path) -> None:
+def test_every_field_moves_something(name: str, trained: Trained) -> None:
     context, value = MOVES[name]
     before = {**CONTEXT, **context}
     assert before.get(name) != value
-    assert not same(trained(before), left({**before, name: value}, tmp_path))
+    assert not same(trained(before), trained({**before, name: value}))
+
+
+# How each is left away, and what it is where it acts; CONTEXT crops and flips.
+PARTS: dict[str, tuple[Any, Any]] = {
+    "crop": (0, 4), "flip": ("none", "random"), "rotate": (0.0, 90.0), "cutout": (0, 8), "mixup": (0.0, 1.0),
+    "cutmix": (0.0, 1.0), "label_smoothing": (0.0, 0.2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_training_changes_the_curves_of_training_and_of_validation(name: str, trained: Trained) -> None:
+    without, given = (trained({**CONTEXT, name: value})["curves"] for value in PARTS[name])
+    assert len(without) == len(given) == CONTEXT["max_epochs"]
+    for metric in ("train_loss", "val_loss"):
+        apart = [abs(one[metric] - other[metric]) for one, other in zip(without, given, strict=True)]
+        assert min(apart) > 0 and apart[-1] > 1e-4, metric
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_without_augment_only_what_mixes_images_or_labels_is_left(name: str, trained: Trained) -> None:
+    without, given = (trained({**CONTEXT, "augment": False, name: value}) for value in PARTS[name])
+    assert same(without, given) == (name in ("crop", "flip", "rotate", "cutout"))
+
+
+def smoothed_image_by_image(logits: torch.Tensor, shares: list[dict[int, float]], smoothing: float) -> float:
+    """The mean cross-entropy in Python's own numbers; an image's label is a share of each class it shows."""
+    losses = []
+    for row, share in zip(logits.tolist(), shares, strict=True):
+        total = math.log(sum(math.exp(value) for value in row))
+        wanted = [(1 - smoothing) * share.get(i, 0.0) + smoothing / len(row) for i in range(len(row))]
+        losses.append(-sum(weight * (value - total) for weight, value in zip(wanted, row, strict=True)))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("mixing", [{}, {"mixup": 0.4}, {"cutmix": 1.0}], ids=str)
+def test_label_smoothing_is_that_of_a_slow_reference_and_leaves_validation_alone(
+    mixing: dict[str, float], smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cifar_lab.classifier import ImageClassifier
+
+    torch.manual_seed(0)
+    made = Recipe(**{**CONTEXT, **mixing, "label_smoothing": smoothing})
+    model = ImageClassifier(made.to_dict(), [str(i) for i in range(10)], [0.5] * 3, [0.25] * 3)
+    images, labels = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8), torch.arange(12) % 10
+    mixed: list[Any] = []
+    mix = model._mixed
+    monkeypatch.setattr(model, "_mixed", lambda *args: mixed.append(mix(*args)) or mixed[-1])
+    loss = model.training_step((images, labels))
+    inputs, targets, _ = mixed.pop()
+    shares = [{int(t): 1.0} if t.ndim == 0 else dict(enumerate(t.tolist())) for t in targets]
+    assert bool(mixing) == any(0.01 < share < 0.99 for own in shares for share in own.values())
+    assert loss.item() == pytest.approx(smoothed_image_by_image(model.network(inputs), shares, smoothing), rel=1e-5)
+    model.eval().validation_step((images, labels))
+    plain = smoothed_image_by_image(model(images), [{int(label): 1.0} for label in labels], 0)
+    assert model.val_loss_sum.item() / 12 == pytest.approx(plain, rel=1e-5)
 
 
 def test_patience_decides_how_many_epochs_there_are(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_the_headline_is_the_mean_of_the_seeds_with_scipys_interval(page: Page) 
     assert page.facts["top"]["tested on"] == "10,000 test images, by 3 seeds: 66.40%, 67.15%, 66.28%"
     assert page.facts["top"]["hardware"] == best["hardware"] and page.facts["top"]["command"] == best["command"]
     assert "94%" in page.facts["top"]["people"]
-    assert set(page.drawn["top"]) == {f"{np.mean(seeds):.1%}", "people 94%", "chance 10%"}
+    assert set(page.drawn["top"]) == {f"{np.mean(seeds):.1%}", "people 94%", "chance 10%", "published 64.4%"}
 
 
 def test_accuracy_macro_f1_mean_and_spread_are_scikit_learns(page: Page, said: pd.DataFrame) -> None:
@@ -269,6 +269,20 @@ def test_only_what_stopping_saved_counts_as_saved(tmp_path: Path) -> None:
     assert first.kept == len(kept), "a trial that diverged there was not kept"
 
 
+def test_the_finalists_are_scipys_means_and_deviations_of_their_seeds(page: Page) -> None:
+    finalists = pd.read_csv(CLASSIC / "finalists.csv")
+    of_trial = {str(trial): own.val_acc for trial, own in finalists.groupby("trial_id")}
+    ranked = sorted(of_trial, key=lambda trial: -float(stats.tmean(of_trial[trial])))
+    (rows,) = page.tables["winner-t022"]
+    assert rows == [
+        ["finalist", "mean val_acc", "std (ddof 1)", "seeds"],
+        *([t, f"{stats.tmean(of_trial[t]):.2%}", f"{stats.tstd(of_trial[t]):.2%}", "3"] for t in ranked),
+    ]
+    assert ranked[0] == read_json(CLASSIC / "best.json")["trial_id"] and len(ranked) == 3
+    accuracy = accuracy_score(*pd.read_csv(CLASSIC / "test_predictions.csv")[["label", "prediction"]].to_numpy().T)
+    assert f"{accuracy:.2%}" in page.text("winner-t022"), "one of the seeds is that of the file of predictions"
+
+
 # The curves of thirty trials
 
 
@@ -300,8 +314,140 @@ def test_all_trials_are_in_the_table_and_the_winner_on_an_edge_is_warned_of(page
 
 def test_a_limit_on_the_training_images_shows_beside_the_headline() -> None:
     best = read_json(RESNET / "best.json")
-    assert "Trained on 5,000 images only (limit_train)" in run_report.scale(best)
+    assert "001-resnet, corrected: 5,000 training images (limit_train)" in run_report.scale(best)
+    assert "Trained on 5,000 images only (limit_train)" in run_report.scale({"recipe": best["recipe"]})
     assert "5,000 images only (limit_train)" in run_report.context(RESNET, best)
+
+
+# Studies and grids
+
+BATCH, WATCHED, FOLDS = (
+    RESULTS / name for name in ("002-batch/corrected", "002-test/as_reported", "000-kfold/corrected")
+)
+STUDIES = sorted(p.parent for p in RESULTS.glob("*/*/best.json") if "study" in read_json(p))
+
+
+@pytest.fixture(scope="module", params=[BATCH, WATCHED, FOLDS], ids=lambda folder: "/".join(folder.parts[-2:]))
+def study(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    """The folder of a committed study, and the page that is written of it."""
+    folder = tmp_path_factory.mktemp("study") / "made"
+    shutil.copytree(request.param, folder, ignore=shutil.ignore_patterns("figures", "report.html"))
+    assert main([str(folder)]) == 0
+    return request.param, Page((folder / "report.html").read_text())
+
+
+def published(folder: Path) -> pd.DataFrame:
+    rows = pd.read_csv(RESULTS / "published.csv")
+    return rows[(rows.study == folder.parent.name) & (rows.variant == folder.name)]
+
+
+def against(folder: Path) -> list[list[str]]:
+    """The cells that published.csv has the section "Published against ours" of a study show."""
+
+    def cell(value: float) -> str:
+        return "" if pd.isna(value) else f"{value:.4f}"
+
+    return [
+        [
+            row.metric, cell(row.published), cell(row.ours),
+            "" if pd.isna(row.low) else f"{row.low:.4f} to {row.high:.4f}", "" if pd.isna(row.reason) else row.reason,
+        ]
+        for row in published(folder).itertuples()
+    ]  # fmt: skip
+
+
+def test_a_studys_page_says_how_far_it_was_scaled_down_and_sets_it_against_what_was_published(
+    study: tuple[Path, Page],
+) -> None:
+    folder, page = study
+    (rows,) = page.tables["published-against-ours"]
+    assert rows == [["metric", "published", "ours", "95% interval", "remarks"], *against(folder)] and len(rows) > 2
+    scale = set(published(folder).scale)
+    assert len(scale) == 1 and f"{folder.parent.name}, {folder.name}: {scale.pop()}." in page.text("top")
+    if folder == BATCH:
+        assert "002-batch, corrected: 45,000 training images; 2 of 10 epochs." in page.text("top")
+
+
+@pytest.mark.parametrize("folder", STUDIES, ids=lambda folder: "/".join(folder.parts[-2:]))
+def test_what_best_json_keeps_of_a_study_is_what_published_csv_has(folder: Path) -> None:
+    best = read_json(folder / "best.json")
+    (made,) = run_report.study_section(best)
+    (rows,) = Page(f"<section id='it'>{made.body}</section>").tables["it"]
+    assert rows[1:] == against(folder)
+    scale = set(published(folder).scale.dropna())
+    assert {run_report.scale(best)} == {f" {folder.parent.name}, {folder.name}: {told}." for told in scale}
+    width, limit = best["recipe"].get("width"), best["recipe"]["limit_train"]
+    for told in scale:
+        assert (f"{best['recipe']['max_epochs']} of " in told) == (" of " in told.partition(" epochs")[0])
+        assert (f"width {width} instead of" in told) == ("width" in told) and ("limit_train" in told) == bool(limit)
+
+
+def test_a_grids_table_is_that_of_its_curves_means_over_folds_by_scipy(study: tuple[Path, Page]) -> None:
+    folder, page = study
+    curves, trials = pd.read_csv(folder / "curves.csv"), pd.read_csv(folder / "trials.csv")
+    kept = pd.read_csv(folder / "settings.csv", index_col="setting_id")
+    (rows,) = page.tables["settings"]
+    header = rows[0]
+    own = header[1 : header.index("val_acc")]
+    assert own == list(kept)[: list(kept).index("folds")]
+    assert sorted(row[0] for row in rows[1:]) == sorted(kept.index)
+    shown = []
+    for row in rows[1:]:
+        cells = dict(zip(header, row, strict=True))
+        mine = curves[curves.trial_id.str.partition("-")[0] == row[0]]
+        by_epoch = mine.groupby("epoch").mean(numeric_only=True)
+        at = int(by_epoch.val_acc.idxmax())
+        there = mine[mine.epoch == at]
+        assert (int(cells["best epoch"]), int(cells["folds"])) == (at, len(there))
+        shown.append(stats.tmean(there.val_acc))
+        several = len(there) > 1
+        assert cells["val_acc"] == f"{shown[-1]:.2%}" and cells["train_acc"] == f"{stats.tmean(there.train_acc):.2%}"
+        assert cells["std (ddof 1)"] == (f"{stats.tstd(there.val_acc):.2%}" if several else "")
+        for name in ("val_loss", "val_macro_f1"):
+            assert cells[name] == f"{stats.tmean(there[name]):.4f}"
+        assert int(cells["seconds"]) == round(mine.seconds.sum())
+        trained = trials[trials.trial_id.isin(mine.trial_id)]
+        for name in own:
+            assert {str(value) for value in trained[name]} == {cells[name]}
+        if several:
+            interval = stats.ttest_1samp(there.val_acc, 0).confidence_interval(0.95)
+            assert tuple(kept.loc[row[0], ["low", "high"]]) == pytest.approx((interval.low, interval.high))
+        assert (cells["status"], cells["reason"]) == (kept.status[row[0]], kept.reason[row[0]])
+    # By val_acc alone: a setting given up after fewer folds may stand above the winner.
+    assert shown == sorted(shown, reverse=True)
+
+
+def test_a_grids_headline_is_its_best_setting_with_an_interval_over_folds_or_images(study: tuple[Path, Page]) -> None:
+    folder, page = study
+    kept = pd.read_csv(folder / "settings.csv")
+    best = kept[kept.status == "completed"].sort_values("val_acc").iloc[-1]
+    low, high = (best.low, best.high) if best.folds > 1 else wilson(round(best.val_acc * 5000), 5000)
+    told = f"Validation accuracy {best.val_acc:.2%} ({low:.1%} to {high:.1%}) at epoch {best.best_epoch}."
+    if folder == WATCHED:
+        said = pd.read_csv(folder / "test_predictions.csv")
+        right = int((said.label == said.prediction).sum())
+        low, high = wilson(right, 10_000)
+        told += f" Test accuracy {right / 10_000:.2%} ({low:.2%} to {high:.2%}, Wilson 95%, n = 10,000, one seed)."
+    assert told in page.text("top")
+
+
+def test_the_test_curve_is_that_of_its_file_and_ends_where_the_predictions_do(study: tuple[Path, Page]) -> None:
+    folder, page = study
+    title = "on-the-test-set-after-every-epoch"
+    assert (title in page.words) == (folder == WATCHED)
+    if folder != WATCHED:
+        return
+    tested, said = pd.read_csv(folder / "test.csv"), pd.read_csv(folder / "test_predictions.csv")
+    assert "nothing was chosen by it" in page.text(title) and {"test accuracy", "G00"} <= set(page.drawn[title])
+    for metric in ("acc", "loss"):
+        (line,) = plots.tested(tested, metric).axes[0].lines
+        assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == list(tested[f"test_{metric}"])
+    last = tested.iloc[-1]
+    assert last.epoch == read_json(folder / "best.json")["epoch"]
+    assert last.test_acc == pytest.approx(accuracy_score(said.label, said.prediction))
+    assert last.test_macro_f1 == pytest.approx(f1_score(said.label, said.prediction, average="macro"))
+    for row in tested.itertuples():
+        assert (row.low, row.high) == pytest.approx(wilson(round(row.test_acc * row.n), row.n))
 
 
 # The page
