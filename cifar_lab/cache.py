@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
             else:
                 entry.unlink()
     except OSError as error:
-        print(cli.paragraph(f"error: {error}. A search that is running may hold it."))
+        print(cli.paragraph(f"error: {error}. A search that is running may hold it."), file=sys.stderr)
         return cli.FAILED
     print(f"{total} removed from {folder}.")
     return cli.DONE

@@ -320,6 +320,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("checkpoint", help="a .ckpt file that cifar_lab.train or tune.asha left")
     parser.add_argument("--output", help=f"folder, or file *.onnx, beside which goes {CARD}; default: the run's folder")
     parser.add_argument("--quiet", action="store_true", help="print nothing but the model's path")
+    parser.add_argument(
+        "--json", action="store_true", help="print JSON alone: model, card, how far it is from PyTorch's"
+    )
     asked = parser.parse_args(list(argv))
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise InputError(
@@ -364,6 +367,10 @@ def main(argv: Sequence[str]) -> int:
         write_atomically(card, model_card(model, who, best, run, file=file, largest=largest, command=command))
     except OSError as error:
         raise InputError(f"output: {str(file)!r} cannot be written ({error.strerror}).") from error
+    if asked.json:
+        places = {"model": os.path.relpath(file), "card": os.path.relpath(card), "bytes": len(exported)}
+        print(cli.as_json(places | {"largest_difference": largest} | kept))
+        return cli.DONE
     if not asked.quiet:
         tried = " and ".join(map(str, BATCHES))
         print(f"On {tried} images at once, no probability is further than {largest:.1e} from PyTorch's.")

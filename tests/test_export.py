@@ -102,6 +102,11 @@ def test_the_command_leaves_the_model_and_its_card(
     assert capsys.readouterr().out == f"{os.path.relpath(own)}\n" and "`pears.onnx`" in own.with_name(CARD).read_text()
     assert own.read_bytes() == (folder / "model.onnx").read_bytes()
 
+    assert main([str(checkpoint), "--output", str(tmp_path / "told"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["model"] == os.path.relpath(tmp_path / "told" / "model.onnx") and told["bytes"] == own.stat().st_size
+    assert told["sha256"] == sha256(checkpoint) and 0 <= told["largest_difference"] <= 1e-4
+
     # The card's own example says what predict says.
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(folder / "image.png")
     monkeypatch.chdir(folder)
