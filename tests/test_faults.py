@@ -125,22 +125,20 @@ def test_a_search_killed_at_random_points_equals_the_uninterrupted_one(
     # Or all epochs are over before a busy machine has killed anything; a search learns of Ray's end within seconds.
     pause = 1 if fault is kill_ray else 0.3
     draw = random.Random(name + SEED)
-    total, kills, flips, resume = searches.trained("whole").total(), 0, 0, []
+    total, flips = searches.trained("whole").total(), 0
     process = searches.start(name, *QUESTION.split(), pause=pause)
     # Anywhere in trials and finalist, but for an end that is too near for Ray's death to be noticed.
-    count = min(KILLS, 2) if fault is kill_workers else KILLS  # a trial is tried twice more
-    for point in sorted(draw.sample(range(1, total - 3 * count), count)):
+    kills = min(KILLS, 2) if fault is kill_workers else KILLS  # a trial is tried twice more
+    for point in sorted(draw.sample(range(1, total - 3 * kills), kills)):
         # One that was only just resumed does not hear a signal before it has trained.
         searches.await_epochs(name, process, max(point, searches.trained(name).total() + 1))
         time.sleep(draw.uniform(0, pause))
         fault(process)
-        kills += 1
-        resume = ["--resume"]
         if process.poll() is not None:
             out, error = process.communicate()
             assert fault is kill_driver or out.rstrip().endswith("--resume"), (out, error)
             flips += damage(searches.folder / name) if fault is kill_driver else 0
-            process = searches.start(name, *resume, pause=pause)
+            process = searches.start(name, "--resume", pause=pause)
     _, error = process.communicate(timeout=900)
     assert process.returncode == 0, error
     searches.assert_equal("whole", name)

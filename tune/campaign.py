@@ -368,9 +368,11 @@ class Campaign(ABC, Generic[Q]):
         """What is printed last where not all is done."""
         if self.question.json:
             return cli.as_json(self.answer() if self.before is None else [*self.before, self.answer()])
-        if all(trial.status == "diverged" for trial in self.experiment.trials.values()):
-            return f"Every trial diverged. Give a larger --num_samples, for others:\n{self.question.resume_command}"
-        return f"Not all is done; what was reached is kept. To go on:\n{self.question.resume_command}"
+        return f"{self.outlook()}\n{self.question.resume_command}"
+
+    def outlook(self) -> str:
+        """What the command that goes on would do."""
+        return "Not all is done; what was reached is kept. To go on:"
 
     def answer(self) -> dict[str, Any]:
         """What --json prints of it."""

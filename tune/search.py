@@ -166,6 +166,11 @@ class Search(Campaign[SearchQuestion]):
 
     # What it says
 
+    def outlook(self) -> str:
+        if all(trial.status == "diverged" for trial in self.experiment.trials.values()):
+            return "Every trial diverged. Give a larger --num_samples, for others:"
+        return super().outlook()
+
     def report(self) -> None:
         write_report(self.folder)
 
