@@ -16,28 +16,39 @@ from torch import Generator, Tensor
 
 def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
     """Windows of the images' own size, cut at (top, left), (N,) int64 in 0..2*padding, from black-padded images."""
-    height, width = images.shape[2:]
+    n, channels, height, width = images.shape
     padded = F.pad(images, (padding,) * 4)
-    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(len(images), device=images.device), :, top, left]
+    image, plane, row, pixel = padded.stride()
+    first = torch.arange(n, device=images.device) * image + top * row + left * pixel
+    # Every window of the batch by its first pixel: those wanted are copied row by row, not pixel by pixel.
+    places = (n - 1) * image + 2 * padding * (row + pixel) + 1
+    windows = padded.as_strided((places, channels, height, width), (1, plane, row, pixel))
+    return windows.index_select(0, first)
 
 
 def flip(images: Tensor, flipped: Tensor) -> Tensor:
     """Mirror left to right the images where `flipped`, (N,) bool."""
-    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+    n = len(images)
+    both = torch.cat([images, images.flip(-1)])
+    return both.index_select(0, torch.arange(n, device=images.device) + n * flipped)
 
 
 def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     """Turn counter-clockwise about the centre by `degrees`, (N,) float, bilinear, black outside."""
-    radians = degrees.float() * (math.pi / 180)
-    cos, sin, zero = radians.cos(), radians.sin(), torch.zeros_like(radians)
+    radians = (degrees.float() * (math.pi / 180))[:, None, None]
+    cos, sin = radians.cos(), radians.sin()
     height, width = images.shape[2:]
-    theta = torch.stack(
-        [torch.stack([cos, -sin * height / width, zero], 1), torch.stack([sin * width / height, cos, zero], 1)], 1
+    # Pixels from the centre; `grid_sample` wants them in halves of a side, x and y together: as a complex number.
+    y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
+    x = torch.arange(width, device=images.device) - (width - 1) / 2
+    across, down = 2 / width, 2 / height
+    of_column, of_row = (
+        torch.complex(x * cos * across, x * sin * down),
+        torch.complex(-y * sin * across, y * cos * down),
     )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    grid = torch.view_as_real(of_column + of_row)
     turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return turned if images.is_floating_point() else turned.round_().to(images.dtype)
+    return turned if images.is_floating_point() else turned.round_().to(torch.int16).to(images.dtype)
 
 
 def cutout(images: Tensor, y: Tensor, x: Tensor, side: int, fill: Tensor) -> Tensor:
@@ -48,7 +59,8 @@ def cutout(images: Tensor, y: Tensor, x: Tensor, side: int, fill: Tensor) -> Ten
     rows = torch.arange(images.shape[2], device=images.device) - y[:, None] + side // 2
     columns = torch.arange(images.shape[3], device=images.device) - x[:, None] + side // 2
     hole = ((rows >= 0) & (rows < side))[:, None, :, None] & ((columns >= 0) & (columns < side))[:, None, None, :]
-    return torch.where(hole, fill.to(images.dtype)[None, :, None, None], images)
+    filled = fill.to(images.dtype)[None, :, None, None]
+    return images * ~hole + filled * hole
 
 
 def mixup(images: Tensor, targets: Tensor, partner: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """What this machine does, beside what else one could use; python -m cifar_lab.benchmark.
 
 Its largest matrix product, the images a second of every architecture and what part of that peak they reach, batched
-augmentation against torchvision's loader, Lightning against a bare loop. Pixels are noise, nothing is downloaded.
+augmentation against torchvision's loader, Lightning against a bare loop, what batches and checkpoints take beside the
+training. Pixels are noise, nothing is downloaded.
 What is compared is timed in turn; every figure is a median of five.
 """
 
@@ -25,10 +26,11 @@ from cifar_lab.recipe import InputError, Recipe, at_least, check_fields, nearest
 if TYPE_CHECKING:
     import numpy as np
 
-    from cifar_lab.data import ImageSet
+    from cifar_lab.data import CIFAR10DataModule, ImageSet
 
 PRECISIONS = ("32", "bf16")
 LOADER_WORKERS, LOADER_BATCH = 2, 128
+EPOCH = 45_000  # images: CIFAR-10's training part
 TRANSFORMS: dict[str, dict[str, Any]] = {"crop, flip": {}, "crop, flip, rotate": {"rotate": 15.0}}
 # The recipes whose loops are compared: long steps, of which Lightning's own part is small, and short ones.
 LOOPS: dict[str, dict[str, Any]] = {
@@ -86,6 +88,10 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
         peak_fraction: the operations of that pass over those of a matrix product of the same precision.
         augment_ratio: images a second of batches that are cropped, flipped and normalised, over those of torchvision's
             loader with two workers; augment_ratios has it by transforms.
+        data_shares: seconds in which a batch is made, as the architecture's own recipe augments it, over those of the
+            forward and backward pass of as many images in the faster precision, by architecture.
+        record_share: seconds of an epoch's checkpoints and row, for the default resnet, over those of the passes of
+            45,000 images through it; absent where resnet was not asked for.
         lightning_ratio: seconds of the training loop of `fit` over those of a bare loop, for a resnet of width 16
             with batches of 128; lightning_ratios has it by architecture.
         hardware, versions: of this machine.
@@ -106,9 +112,16 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
             speed = options.batch_size / machine.step_seconds(recipes[arch], precision, threads=threads)
             speeds[arch][precision] = speed
             fractions[arch][precision] = speed * flops[arch] / (peaks[precision] * 1e12)
+        fastest = {arch: max(speeds[arch].values()) for arch in archs}
+        shares = {
+            arch: batch_seconds(recipes[arch], threads) / recipes[arch].batch_size * fastest[arch] for arch in archs
+        }
         for done, (name, fields) in enumerate(TRANSFORMS.items(), len(jobs)):
             bar.reached(done)
             augment[name] = augment_ratio(fields)
+    record = (
+        {"record_share": record_seconds(recipes["resnet"]) * fastest["resnet"] / EPOCH} if "resnet" in archs else {}
+    )
     loops = {arch: lightning_ratio(Recipe(arch=arch, **fields)) for arch, fields in LOOPS.items()}
     return {
         "gemm_tflops": max(peaks.values()),
@@ -119,6 +132,8 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
         "peak_fraction": fractions,
         "augment_ratio": augment["crop, flip"],
         "augment_ratios": augment,
+        "data_shares": shares,
+        **record,
         "lightning_ratio": loops["resnet"],
         "lightning_ratios": loops,
         "hardware": machine.hardware(),
@@ -193,11 +208,9 @@ def epochs(recipe: Recipe, images: ImageSet) -> tuple[Callable[[], Iterator[Tens
     """An epoch's batches (N, 3, 32, 32) float of crop, flip and rotation: ours, and those of torchvision's loader."""
     from torchvision import transforms
 
-    from cifar_lab.data import CIFAR10DataModule, normalise
+    from cifar_lab.data import CIFAR10DataModule
 
     data = CIFAR10DataModule(recipe, images)
-    data.images, data.labels = images.images, images.labels
-    mean, std = data.mean[:, None, None], data.std[:, None, None]
     turned = [transforms.RandomRotation(recipe.rotate, transforms.InterpolationMode.BILINEAR)] if recipe.rotate else []
     change = transforms.Compose(
         [
@@ -216,17 +229,27 @@ def epochs(recipe: Recipe, images: ImageSet) -> tuple[Callable[[], Iterator[Tens
         persistent_workers=True,
         multiprocessing_context="fork",  # as on Linux by default until Python 3.14
     )
-    batches = data.train_dataloader()
-
-    def ours() -> Iterator[Tensor]:
-        for pixels, _ in batches:
-            yield normalise(pixels, mean, std)
 
     def theirs() -> Iterator[Tensor]:
         for pixels, _ in loader:
             yield pixels
 
-    return ours, theirs
+    return own_epoch(data, torch.device("cpu")), theirs
+
+
+def own_epoch(data: CIFAR10DataModule, here: torch.device) -> Callable[[], Iterator[Tensor]]:
+    """An epoch of our batches, normalised, on a device."""
+    from cifar_lab.data import normalise
+
+    data.images, data.labels = data.set.images.to(here), data.set.labels.to(here)
+    mean, std = data.mean[:, None, None].to(here), data.std[:, None, None].to(here)
+    batches = data.train_dataloader()
+
+    def epoch() -> Iterator[Tensor]:
+        for pixels, _ in batches:
+            yield normalise(pixels, mean, std)
+
+    return epoch
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -244,6 +267,46 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         from PIL import Image
 
         return self.change(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def batch_seconds(recipe: Recipe, threads: int, batches: int = 20) -> float:
+    """Median seconds in which a batch is made, where it is trained on: drawn, augmented, normalised.
+
+    Args:
+        recipe: batch size and augmentation.
+        threads: CPU threads.
+        batches: an epoch's, of which the mean is taken.
+    """
+    from cifar_lab.data import CIFAR10DataModule
+
+    data = CIFAR10DataModule(recipe.replace(val_fraction=0), noise(recipe.batch_size * batches))
+    epoch = own_epoch(data, machine.device())
+    with machine.threads_limited(threads):
+        seconds = [timed(lambda: [None for _ in epoch()]) for _ in range(machine.REPEATS + 1)]
+    return statistics.median(seconds[1:]) / batches
+
+
+def record_seconds(recipe: Recipe) -> float:
+    """Median seconds of what `fit` does after an epoch: its row, and the best and the last checkpoint."""
+    from pytorch_lightning.callbacks import Callback
+
+    from cifar_lab.data import CIFAR10DataModule
+    from cifar_lab.fit import Row, fit
+
+    recipe = recipe.replace(val_fraction=0, max_epochs=machine.REPEATS, lr=1e-6, precision="32")
+    began: list[float] = []
+    seconds: list[float] = []
+
+    class Begin(Callback):
+        def on_train_epoch_end(self, *_: Any) -> None:
+            began.append(time.perf_counter())
+
+    def end(row: Row) -> None:
+        seconds.append(time.perf_counter() - began[-1])
+
+    with tempfile.TemporaryDirectory() as folder, progress.hushed():
+        fit(recipe, folder, on_epoch=end, callbacks=[Begin()], data=CIFAR10DataModule(recipe, noise(20)))
+    return statistics.median(seconds)
 
 
 def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
@@ -299,12 +362,8 @@ def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
             ratios.append(own / timed(bare))
 
     # On a terminal Lightning's loop would draw a bar, and be timed with it.
-    quiet, progress.quiet = progress.quiet, True
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            fit(recipe, folder, callbacks=[Turns()], data=data)
-    finally:
-        progress.quiet = quiet
+    with tempfile.TemporaryDirectory() as folder, progress.hushed():
+        fit(recipe, folder, callbacks=[Turns()], data=data)
     return statistics.median(ratios[1:])
 
 
@@ -321,6 +380,11 @@ def table(found: dict[str, Any]) -> str:
         lines.append(f"{arch:18}" + "".join(f"{speeds[name]:12,.0f}{shares[name]:8.0%}" for name in peaks))
     lines += ["", "images/s over those of torchvision's loader with two workers"]
     lines += [f"{name:18}{ratio:12.1f}" for name, ratio in found["augment_ratios"].items()]
+    lines += ["", "seconds of making a batch over those of training on it, as its recipe augments"]
+    lines += [f"{arch:18}{share:12.1%}" for arch, share in found["data_shares"].items()]
+    if "record_share" in found:
+        lines += ["", "seconds of an epoch's checkpoints and row over those of its training"]
+        lines.append(f"{'resnet':18}{found['record_share']:12.2%}")
     lines += ["", "seconds of Lightning's loop over those of a bare one"]
     lines += [f"{name:18}{ratio:12.3f}" for name, ratio in found["lightning_ratios"].items()]
     return "\n".join(lines)

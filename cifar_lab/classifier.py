@@ -45,7 +45,8 @@ class ImageClassifier(pl.LightningModule):
 
     mean: Tensor
     std: Tensor
-    train_sums: Tensor
+    train_loss_sum: Tensor
+    train_hits: Tensor
     val_loss_sum: Tensor
     confusion: Tensor
 
@@ -69,7 +70,9 @@ class ImageClassifier(pl.LightningModule):
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.metrics: dict[str, float] = {}
         counts = len(classes)
-        self.register_buffer("train_sums", torch.zeros(3), persistent=False)
+        self.register_buffer("train_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
+        self.register_buffer("train_hits", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.train_images = 0
         self.register_buffer("val_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("confusion", torch.zeros(counts, counts, dtype=torch.int64), persistent=False)
 
@@ -87,7 +90,9 @@ class ImageClassifier(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         # Dropout and mixing draw from the global generator: a function of (seed, epoch) too.
         torch.manual_seed(epoch_seed(self.recipe.seed ^ 0xD20, self.current_epoch))
-        self.train_sums.zero_()
+        self.train_loss_sum.zero_()
+        self.train_hits.zero_()
+        self.train_images = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, labels = batch
@@ -97,9 +102,9 @@ class ImageClassifier(pl.LightningModule):
             targets = F.pad(targets, (0, logits.shape[1] - targets.shape[1]))
         loss = F.cross_entropy(logits, targets, label_smoothing=self.recipe.label_smoothing)
         with torch.no_grad():
-            hits = (logits.argmax(1) == main).sum()
-            n = len(labels)
-            self.train_sums += torch.stack([loss.detach() * n, hits, torch.full_like(hits, n)])
+            self.train_loss_sum.add_(loss, alpha=len(labels))
+            self.train_hits.add_((logits.argmax(1) == main).sum())
+        self.train_images += len(labels)
         return loss
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,8 +163,8 @@ class ImageClassifier(pl.LightningModule):
             scheduler.step()
 
     def on_train_epoch_end(self) -> None:
-        loss, hits, n = self.train_sums.tolist()
-        self._publish(train_loss=loss / n, train_acc=hits / n)
+        n = self.train_images
+        self._publish(train_loss=float(self.train_loss_sum) / n, train_acc=int(self.train_hits) / n)
 
     def _publish(self, **metrics: float) -> None:
         # Kept beside Lightning's own record, which rounds to float32.

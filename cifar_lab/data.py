@@ -397,9 +397,9 @@ def statistics(moments: Tensor, normalize: str) -> tuple[Tensor, Tensor]:
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Images (N, 3, 32, 32), uint8 or float in 0..1, less `mean`, over `std`, both (3, 1, 1)."""
-    if not images.is_floating_point():
-        images = images.float() / 255
-    return (images - mean) / std
+    if images.is_floating_point():
+        return (images - mean) / std
+    return images.float().sub_(mean * 255).mul_(1 / (std * 255))
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -444,7 +444,7 @@ class Batches:
             order = order[torch.randperm(len(order), generator=generator, device=device)]
         for start in self._starts():
             chosen = order[start : start + self.batch_size]
-            images = self.images[chosen]
+            images = self.images.index_select(0, chosen)
             if self.augmentation is not None:
                 images = self.augmentation(images, epoch, chosen, generator)
             yield images, self.labels[chosen]
@@ -481,6 +481,9 @@ class CIFAR10DataModule(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         device = self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
         self.images, self.labels = self.set.images.to(device), self.set.labels.to(device)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # it is where `setup` put the images
 
     def train_dataloader(self) -> Any:
         recipe = self.recipe

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,17 @@ quiet = False  # whether the command of this process was told to be; cli.Parser 
 def shown() -> bool:
     """Whether bars are drawn: on a terminal, unless the command is quiet."""
     return sys.stdout.isatty() and not quiet
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """No bars for a while."""
+    global quiet
+    before, quiet = quiet, True
+    try:
+        yield
+    finally:
+        quiet = before
 
 
 class Bar:

@@ -30,12 +30,16 @@ def targets(n: int = N) -> Tensor:
     return torch.nn.functional.one_hot(drawn(5, n, 9), 5).float()
 
 
-def test_crop_is_a_window_of_the_padded_image() -> None:
-    images, top, left = batch(), drawn(9), drawn(9, seed=2)
+@pytest.mark.parametrize("width", [32, 20])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_crop_is_a_window_of_the_padded_image(layout: torch.memory_format, width: int) -> None:
+    images, top, left = batch(width=width).contiguous(memory_format=layout), drawn(9), drawn(9, seed=2)
+    top[:2], left[:2] = torch.tensor([0, 8]), torch.tensor([0, 8])
+    top[-1], left[-1] = 8, 8  # the last window there is
     out = augment.crop(images, top, left, 4)
     for i in range(N):
         padded = tvf.pad(images[i], [4])
-        assert torch.equal(out[i], tvf.crop(padded, int(top[i]), int(left[i]), 32, 32))
+        assert torch.equal(out[i], tvf.crop(padded, int(top[i]), int(left[i]), 32, width))
 
 
 def test_crop_in_the_middle_changes_nothing() -> None:
