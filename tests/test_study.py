@@ -71,6 +71,7 @@ EXPECTED = {
     "beyond-pretrained": CORRECTED,
     "beyond-classic-depth": CORRECTED,
     "beyond-classic-longer": CORRECTED,
+    "beyond-classic-whole": CORRECTED,
     "beyond-resnet-longer": CORRECTED,
     "beyond-resnet-depth": CORRECTED,
     "beyond-resnet18-mixing": CORRECTED,
