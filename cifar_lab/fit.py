@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import os
 import signal
@@ -364,6 +365,13 @@ def fit(
             raise
         signal.signal(signal.SIGINT, interrupt)
         raise KeyboardInterrupt from None
+    finally:
+        # A Trainer is held by its own parts: its network and the optimizer's state, on a GPU as well, would stay until
+        # Python looks for such circles by itself, dozens of trainings later.
+        data.trainer = None
+        del made, model, chosen
+        gc.collect()
+        machine.return_memory()
     return run
 
 

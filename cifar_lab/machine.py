@@ -85,6 +85,12 @@ def reuse_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def return_memory() -> None:
+    """Hand back to the system what `reuse_memory` had kept: the next training may be a smaller one."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def settle() -> None:
     """Have this process compute as trainings do, before it trains or measures: what one gains, the other must have."""
     reuse_memory()

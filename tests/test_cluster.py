@@ -22,7 +22,7 @@ from ray.exceptions import ActorDiedError
 
 import tune.cluster
 from cifar_lab.recipe import InputError, Recipe
-from tune.cluster import Job, alive, cause, cluster, run_jobs
+from tune.cluster import Job, alive, cause, cluster, on_a_worker, run_jobs
 from tune.heartbeat import HUNG
 
 
@@ -50,6 +50,11 @@ def processes(words: str) -> list[psutil.Process]:
 def run(folder: Path, made: list[Job], **hooks: Any) -> None:
     quiet: dict[str, Any] = {"judge": lambda *_: False, "on_start": lambda *_: None, "on_end": lambda *_: None}
     run_jobs(made, **(quiet | hooks), takes={"CPU": 1.0, "GPU": 0.0}, concurrent=1, scratch=folder / "ray")
+
+
+def test_threads_of_a_worker_share_their_memory(processors: list[dict[str, float]]) -> None:
+    # What comes of it is measured by tests/check_reuse.py.
+    assert on_a_worker(os.getenv, {"CPU": 1.0, "GPU": 0.0}, "MALLOC_ARENA_MAX") == "1"
 
 
 def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: list[dict[str, float]], tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from cifar_lab.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory as it likes")
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory as it likes")
+
+
+@glibc
 def test_a_steps_memory_is_there_for_the_next_step() -> None:
     code = """
 import resource, torch
@@ -37,6 +40,27 @@ print(before, faults())
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     returned, kept = map(int, told.split())
     assert kept * 20 < returned
+
+
+@glibc
+def test_what_a_training_has_left_is_given_back() -> None:
+    code = """
+import re, torch
+from cifar_lab.machine import return_memory, reuse_memory
+
+def held():
+    return int(re.search(r"Anonymous: +(\\d+)", open("/proc/self/smaps_rollup").read())[1]) // 1024
+
+reuse_memory()
+before = held()
+torch.zeros(10 << 20)  # 40 MB
+kept = held() - before
+return_memory()
+print(kept, held() - before)
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    kept, left = map(int, told.split())
+    assert kept > 35 and left < 5
 
 
 def test_a_gpu_is_measured_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
 import os
 import pickle
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
@@ -331,6 +333,22 @@ def test_an_epoch_without_its_val_acc_is_an_error_that_names_it_and_leaves_nothi
     with pytest.raises(KeyError, match="val_acc"):
         fit(recipe(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_that_ended_holds_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(machine, "return_memory", lambda: given_back.append(True))
+    asked = recipe()
+    data = CIFAR10DataModule(asked)  # which its caller still has
+    known = {id(each) for each in gc.get_objects()}
+    gc.disable()  # by itself Python may look for circles at any time, or after dozens of trainings
+    try:
+        fit(asked, tmp_path, data=data)
+        kinds = (torch.nn.Module, torch.optim.Optimizer, pl.Trainer)
+        left = [each for each in gc.get_objects() if issubclass(type(each), kinds) and id(each) not in known]
+    finally:
+        gc.enable()
+    assert not left and given_back
 
 
 # Checkpoints that cannot be trusted

@@ -28,6 +28,8 @@ os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("TUNE_WARN_THRESHOLD_S", "60")
 os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # `ending` has the handlers
+# A worker runs each trial in a new thread; glibc would keep a store of memory for each of up to eight threads a core.
+os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 
 import ray
 import ray._private.worker
