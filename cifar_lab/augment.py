@@ -42,10 +42,8 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     y = (torch.arange(height, device=images.device) - (height - 1) / 2)[:, None]
     x = torch.arange(width, device=images.device) - (width - 1) / 2
     across, down = 2 / width, 2 / height
-    of_column, of_row = (
-        torch.complex(x * cos * across, x * sin * down),
-        torch.complex(-y * sin * across, y * cos * down),
-    )
+    of_column = torch.complex(x * cos * across, x * sin * down)
+    of_row = torch.complex(-y * sin * across, y * cos * down)
     grid = torch.view_as_real(of_column + of_row)
     turned = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return turned if images.is_floating_point() else turned.round_().to(torch.int16).to(images.dtype)

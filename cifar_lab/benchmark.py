@@ -119,9 +119,9 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
         for done, (name, fields) in enumerate(TRANSFORMS.items(), len(jobs)):
             bar.reached(done)
             augment[name] = augment_ratio(fields)
-    record = (
-        {"record_share": record_seconds(recipes["resnet"]) * fastest["resnet"] / EPOCH} if "resnet" in archs else {}
-    )
+    record = {}
+    if "resnet" in archs:
+        record["record_share"] = record_seconds(recipes["resnet"]) * fastest["resnet"] / EPOCH
     loops = {arch: lightning_ratio(Recipe(arch=arch, **fields)) for arch, fields in LOOPS.items()}
     return {
         "gemm_tflops": max(peaks.values()),
