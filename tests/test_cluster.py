@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ray.exceptions import ActorDiedError
 
 import tune.cluster
 from cifar_lab.recipe import InputError, Recipe
-from tune.cluster import Job, alive, cause, cluster, on_a_worker, run_jobs
+from tune.cluster import Job, _Listener, alive, cause, cluster, on_a_worker, run_jobs
 from tune.heartbeat import HUNG
 
 
@@ -47,9 +47,11 @@ def processes(words: str) -> list[psutil.Process]:
     return found
 
 
-def run(folder: Path, made: list[Job], **hooks: Any) -> None:
+def run(folder: Path, made: list[Job] | Callable[[], list[Job]], *, concurrent: int = 1, **hooks: Any) -> None:
     quiet: dict[str, Any] = {"judge": lambda *_: False, "on_start": lambda *_: None, "on_end": lambda *_: None}
-    run_jobs(made, **(quiet | hooks), takes={"CPU": 1.0, "GPU": 0.0}, concurrent=1, scratch=folder / "ray")
+    known = made if callable(made) else lambda: made
+    takes = {"CPU": 1.0, "GPU": 0.0}
+    run_jobs(known, **(quiet | hooks), takes=takes, concurrent=concurrent, scratch=folder / "ray")
 
 
 def test_threads_of_a_worker_share_their_memory(processors: list[dict[str, float]]) -> None:
@@ -96,6 +98,41 @@ def test_a_job_is_stopped_when_the_judge_says_so_and_trains_no_epoch_more(
     run(tmp_path, jobs(tmp_path, dataset="digits"), judge=judge)
     assert [epoch for job, epoch in heard if job == "T001"] == [1]
     assert [epoch for job, epoch in heard if job == "T002"] == [1, 2, 3]
+
+
+def test_a_worker_waits_for_a_job_that_follows_from_what_others_do(
+    processors: list[dict[str, float]], tmp_path: Path
+) -> None:
+    made, ended, workers = jobs(tmp_path, dataset="digits"), list[str](), dict[str, int]()
+    made = [dataclasses.replace(job, patience=2.0) for job in made]
+    made[1] = dataclasses.replace(made[1], recipe=made[1].recipe.replace(limit_train=None, max_epochs=20))
+    times: dict[str, list[float]] = {}
+
+    def judge(job_id: str, row: dict[str, Any]) -> bool:
+        workers[job_id] = row["pid"]
+        times.setdefault(job_id, []).append(time.monotonic())
+        return job_id == "T000"  # its worker waits from now on
+
+    def known() -> list[Job]:
+        return made if "T001" in ended else made[:2]
+
+    run(tmp_path, known, concurrent=2, judge=judge, on_end=lambda job_id, error: ended.append(job_id))
+    assert ended == ["T000", "T001", "T002"] and len(times["T001"]) == 20 and len(times["T002"]) == 3
+    assert times["T002"][0] - times["T000"][0] > 3, "else it was not for long"
+    assert workers["T002"] == workers["T000"] != workers["T001"]
+    assert len(list(tmp_path.glob("ray/attempt-*"))) == 1
+
+
+def test_a_job_that_ray_gives_up_without_a_word_is_lost_and_not_waited_for() -> None:
+    ended, faults, lost = {"T000"}, list[Exception](), list[str]()
+    listener = _Listener(lambda *_: None, lambda *_: None, faults, lost, ended)
+    trials = [types.SimpleNamespace(config={"job": {"job_id": "T000"}}, status="ERROR")]  # which was told
+    listener.on_step_begin(1, trials)
+    assert not listener.wrong()
+    trials.append(types.SimpleNamespace(config={"job": {"job_id": "T001"}}, status="RUNNING"))
+    assert not listener.wrong()
+    trials[1].status = "ERROR"
+    assert listener.wrong() and listener.wrong() and lost == ["T001"]
 
 
 def test_a_trial_that_hangs_is_killed_and_goes_on_after_its_last_epoch(

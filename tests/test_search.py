@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_s
 from cifar_lab.evaluate import t_interval, wilson
 from cifar_lab.files import sha256
 from cifar_lab.fit import CURVE_COLUMNS, Row
-from tune.experiment import Experiment
+from tune import campaign
+from tune.cluster import Job
+from tune.experiment import Experiment, Status
+from tune.question import ask
 from tune.scheduler import Rungs
 from tune.search import Search
 from tune.simulate import Curve, policies, replay
@@ -429,10 +433,56 @@ def test_where_every_trial_diverged_only_others_can_help(results: Path, session_
     assert said == "Every trial diverged. Give a larger --num_samples, for others:" and command.endswith("--resume")
 
 
-def test_a_decision_is_taken_once_whenever_the_driver_dies(tmp_path: Path) -> None:
-    def row(epoch: int, val_acc: float) -> Row:
-        return dict.fromkeys(CURVE_COLUMNS, 0.5) | {"epoch": epoch, "val_acc": val_acc}
+def row(epoch: int, val_acc: float) -> Row:
+    """An epoch's row of curves.csv, with the gpu_share that a worker adds."""
+    return dict.fromkeys((*CURVE_COLUMNS, "gpu_share"), 0.5) | {"epoch": epoch, "val_acc": val_acc}
 
+
+def test_a_free_place_is_given_to_a_finalist_as_soon_as_no_trial_can_displace_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--arch classic_cnn --dataset digits --num_samples 4 --max_epochs 1 --finalists 2 --finalist_seeds 2"
+    search = Search(ask([*words.split(), "--quiet", "--gpus_per_trial", "0", "--results_dir", str(tmp_path)]))
+    search.prepare()
+    search.open_record()
+    begun: list[list[str]] = []
+
+    def run(jobs: Callable[[], Iterable[Job]], *, judge: Any, on_start: Any, on_end: Any, **rest: Any) -> None:
+        assert [job.job_id for job in jobs()] == ["T000", "T001", "T002", "T003"]
+        for trial_id, val_acc in (("T001", 0.5), ("T003", 0.7), ("T000", 0.6), ("T002", 0.1)):
+            judge(trial_id, row(1, val_acc))
+            on_end(trial_id, "")
+            begun.append([job.job_id for job in jobs() if "-" in job.job_id])
+
+    monkeypatch.setattr(campaign, "run_jobs", run)
+    search.work()
+    # With two trials under way either may overtake; with one, the better of those ended is sure, however it ends.
+    assert begun == [[], [], ["T003-s1000", "T003-s2000"], ["T003-s1000", "T000-s1000", "T003-s2000", "T000-s2000"]]
+    assert search.progress() == "4/4 trials, 0/4 finalists"
+
+
+def test_a_trial_that_failed_displaces_no_finalist(tmp_path: Path) -> None:
+    made = Experiment(tmp_path, {name: {} for name in ("T000", "T001", "T002")})
+    states: dict[str, Status] = {"T000": "completed", "T001": "failed"}
+    for name, status in states.items():
+        made.record(name, row(1, 0.5))
+        made.conclude(name, status)
+    assert made.lineup(1, [7]) == [], "T002 is still to come"
+    made.conclude("T002", "diverged")
+    assert made.lineup(1, [7]) == [("T000", 7)] and not made.trained(1, [7])
+
+
+def test_what_a_displaced_finalist_left_under_way_is_removed(tmp_path: Path) -> None:
+    made = Experiment(tmp_path, {name: {} for name in ("T000", "T001")})
+    for name, val_acc in (("T000", 0.5), ("T001", 0.9)):
+        made.record(name, row(1, val_acc))
+        made.conclude(name, "completed")
+        (made.checkpoints(f"{name}-s1000")).mkdir(parents=True)
+    made.tidy(1)
+    assert [place.name for place in tmp_path.glob("checkpoints/*")] == ["T001-s1000"]
+
+
+def test_a_decision_is_taken_once_whenever_the_driver_dies(tmp_path: Path) -> None:
     trials: dict[str, dict[str, Any]] = {name: {} for name in ("T000", "T001", "T002")}
     first = Experiment(tmp_path, trials)
     for name, val_acc in (("T000", 0.3), ("T001", 0.5), ("T002", 0.2)):

@@ -11,7 +11,7 @@ import statistics
 import sys
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -31,6 +31,15 @@ from tune.question import Question, question_file, unbegun
 from tune.view import View
 
 Q = TypeVar("Q", bound=Question)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A job, and who hears of it: `judge` gets a row, True stops it; `on_end` gets its error, and says how it ended."""
+
+    job: Job
+    judge: Callable[[Row], bool]
+    on_end: Callable[[str], str]
 
 
 class Campaign(ABC, Generic[Q]):
@@ -238,31 +247,42 @@ class Campaign(ABC, Generic[Q]):
             return len(self.data.train_indices) * seconds_per_image(*words)
         return len(self.data.train_indices) * on_a_worker(seconds_per_image, self.takes, *words)
 
-    def view(self, title: str, rungs: Sequence[int] = ()) -> View:
-        """The live view."""
-        return View(
-            self.experiment, self.seconds_left, rungs, self.question.base.max_epochs, self.question.quiet, title
-        )
+    def view(self, progress: Callable[[], str], rungs: Sequence[int] = ()) -> View:
+        """The live view, which begins with what `progress` says."""
+        longest, quiet = self.question.base.max_epochs, self.question.quiet
+        return View(self.experiment, progress, self.seconds_left, rungs, longest, quiet)
 
-    def run_jobs(
-        self, jobs: list[Job], judge: Callable[[str, Row], bool], on_end: Callable[[str, str], None], view: View
-    ) -> None:
-        """Run jobs with this campaign's resources, showing them."""
+    def run_tasks(self, tasks: Callable[[], Iterable[Task]], view: View) -> None:
+        """Run what `tasks` gives, asked again whenever there is room for another, with this campaign's resources."""
         name, place = self.folder.name, self.folder / "tensorboard"
-        boards = {job.job_id: Board(place / job.job_id, job.recipe, f"{name}/{job.job_id}") for job in jobs}
+        known: dict[str, Task] = {}
+        boards: dict[str, Board] = {}
 
-        def heard(job_id: str, row: Row) -> bool:
-            stop = judge(job_id, row)
+        def jobs() -> Iterator[Job]:
+            for task in tasks():
+                job = known.setdefault(task.job.job_id, task).job
+                if job.job_id not in boards:
+                    boards[job.job_id] = Board(place / job.job_id, job.recipe, f"{name}/{job.job_id}")
+                yield job
+
+        def judge(job_id: str, row: Row) -> bool:
+            view.heard(job_id, row)
+            stop = known[job_id].judge(row)
             # As curves.csv has it: an epoch that had to be trained again keeps its first row.
             trial = self.experiment.trials.get(job_id)
-            known = [own for own in trial.rows if own["epoch"] == row["epoch"]] if trial else [row]
-            boards[job_id].add(known[0])
+            rows = [own for own in trial.rows if own["epoch"] == row["epoch"]] if trial else [row]
+            boards[job_id].add(rows[0])
             return stop
 
+        def on_end(job_id: str, error: str) -> None:
+            view.ended(job_id, known[job_id].on_end(error))
+
+        if not any(jobs()):
+            return
         with view:
             run_jobs(
                 jobs,
-                judge=heard,
+                judge=judge,
                 on_start=view.started,
                 on_end=on_end,
                 takes=self.takes,
@@ -281,10 +301,10 @@ class Campaign(ABC, Generic[Q]):
         url = options.storage and f"{options.storage}/{self.folder.name}/{job_id}"
         return Job(job_id, recipe, folder, options.hang_timeout, storage=url)
 
-    def run_trials(
-        self, trial_ids: Sequence[str], view: View, decide: Callable[[str, Row], str], tidy: Callable[[], None]
-    ) -> None:
-        """Run trials, recording each epoch; `decide` gives the reason for which one stops, or an empty text."""
+    def trial_tasks(
+        self, trial_ids: Sequence[str], decide: Callable[[str, Row], str], tidy: Callable[[], None]
+    ) -> list[Task]:
+        """Trials to run, recording each epoch; `decide` gives the reason for which one stops, or an empty text."""
         experiment = self.experiment
         jobs = {trial_id: self.job(trial_id, self.question.recipe(trial_id)) for trial_id in experiment.trials}
 
@@ -298,7 +318,6 @@ class Campaign(ABC, Generic[Q]):
         tidy()
 
         def judge(trial_id: str, row: Row) -> bool:
-            view.heard(trial_id, row)
             self.gpu_share = max(self.gpu_share, row["gpu_share"])
             experiment.record(trial_id, row)
             if not finite(row):
@@ -311,7 +330,7 @@ class Campaign(ABC, Generic[Q]):
             experiment.save_trials()
             return False
 
-        def on_end(trial_id: str, error: str) -> None:
+        def on_end(trial_id: str, error: str) -> str:
             trial = experiment.trials[trial_id]
             if error:
                 experiment.conclude(trial_id, "failed", self.explained(trial_id, error))
@@ -319,10 +338,9 @@ class Campaign(ABC, Generic[Q]):
                 experiment.conclude(trial_id, "completed", ending)
             bring(trial)
             tidy()
-            view.ended(trial_id, f"{trial.status} {trial.reason}".rstrip())
+            return f"{trial.status} {trial.reason}".rstrip()
 
-        if trial_ids:
-            self.run_jobs([jobs[trial_id] for trial_id in trial_ids], judge, on_end, view)
+        return [Task(jobs[name], functools.partial(judge, name), functools.partial(on_end, name)) for name in trial_ids]
 
     def explained(self, job_id: str, error: str) -> str:
         """Ray's error of a training that failed for good; where it hung, that is the cause."""

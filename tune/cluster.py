@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,6 +34,7 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 import ray
 import ray._private.worker
 import ray.tune
+import ray.tune.search
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -278,7 +279,8 @@ class _Listener(ray.tune.Callback):
     """Tells what Ray alone knows: that a trial started, ended by itself, failed for good, or could not write.
 
     `lost` gets the job of a worker that died as it went from one trial to the next: of this one death Ray makes two
-    failures, and gives up on a trial that it had just put back in line.
+    failures, and gives up on a trial that it had just put back in line. It also gets the job whose worker was not
+    ready for it in time, still busy with ending the one before: that one Ray gives up without a word.
     """
 
     def __init__(
@@ -287,12 +289,23 @@ class _Listener(ray.tune.Callback):
         on_end: Callable[[str, str], None],
         faults: list[Exception],
         lost: list[str],
+        ended: set[str],
     ) -> None:
-        self.on_start, self.on_end, self.faults, self.lost = on_start, on_end, faults, lost
+        self.on_start, self.on_end, self.faults, self.lost, self.ended = on_start, on_end, faults, lost, ended
         self.in_line: set[str] = set()
+        self.trials: list[Any] = []
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # as in ASHA: Ray's snapshot is never read
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        self.trials = trials  # Ray's own list, which grows
+
+    def wrong(self) -> bool:
+        """Whether to end everything: something went wrong on our side, or a job was lost."""
+        given_up = [trial.config["job"]["job_id"] for trial in self.trials if trial.status == "ERROR"]
+        self.lost += [job for job in given_up if job not in self.ended and job not in self.lost]
+        return bool(self.faults or self.lost)
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.in_line.discard(trial.config["job"]["job_id"])
@@ -322,9 +335,9 @@ class _Listener(ray.tune.Callback):
 
 
 class _StopAll(ray.tune.Stopper):
-    """Ends all trials once something went wrong on our side, or a job was lost."""
+    """Ends all trials once `wrong` says so."""
 
-    def __init__(self, *wrong: list[Any]) -> None:
+    def __init__(self, wrong: Callable[[], bool]) -> None:
         self.wrong = wrong
 
     def __getstate__(self) -> dict[str, Any]:
@@ -335,7 +348,7 @@ class _StopAll(ray.tune.Stopper):
 
     def stop_all(self) -> bool:
         """Whether to end everything."""
-        return any(self.wrong)
+        return self.wrong()
 
 
 def last_failure(trial: Any) -> tuple[Any, str]:
@@ -363,8 +376,39 @@ def cause(error: Any, text: str) -> str:
     return said[:300]
 
 
+class _Supply(ray.tune.search.Searcher):
+    """Hands Ray one job after another, as they become known.
+
+    While others train a free worker waits for the next job, which may follow from what they do; Ray keeps one such.
+    """
+
+    def __init__(self, jobs: Callable[[], Iterable[Job]], ended: set[str]) -> None:
+        super().__init__(metric="val_acc", mode="max")
+        self.jobs, self.ended = jobs, ended
+        self.begun = set(ended)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # as in ASHA
+
+    def suggest(self, trial_id: str) -> Any:
+        job = next((job for job in self.jobs() if job.job_id not in self.begun), None)
+        if job is None:
+            return None if self.begun - self.ended else self.FINISHED
+        self.begun.add(job.job_id)
+        return {"job": job.to_dict()}
+
+    def set_search_properties(self, *words: Any, **spec: Any) -> bool:
+        return True  # there is no space to search: the jobs are ours
+
+    def on_trial_complete(self, *words: Any, **news: Any) -> None:
+        """Nothing: the listener hears of it."""
+
+    def save_to_dir(self, *words: Any, **named: Any) -> None:
+        """Nothing: it is never read."""
+
+
 def run_jobs(
-    jobs: Sequence[Job],
+    jobs: Callable[[], Iterable[Job]],
     *,
     judge: Callable[[str, dict[str, Any]], bool],
     on_start: Callable[[str], None],
@@ -379,7 +423,8 @@ def run_jobs(
     """Run the jobs, in order, some at a time; returns when all have ended, or when Ctrl-C ended them.
 
     Args:
-        jobs: what to run.
+        jobs: what to run, as far as that is known; asked again whenever there is room for another, until all that it
+            gave have ended.
         judge: gets a job's id and its row after every epoch; True stops it.
         on_start: gets the id of a job that starts.
         on_end: gets the id of a job that ended, and the error if it failed for good.
@@ -407,12 +452,13 @@ def run_jobs(
         on_end(job_id, error)
 
     with ending(last_words) as asked:
-        while left := [job for job in jobs if job.job_id not in ended]:
+        while any(job.job_id not in ended for job in jobs()):
             lost: list[str] = []
+            started, over = functools.partial(guarded, on_start), functools.partial(guarded, end)
+            listener = _Listener(started, over, faults, lost, ended)
             tuner = ray.tune.Tuner(
                 Training,
                 param_space={
-                    "job": ray.tune.grid_search([job.to_dict() for job in left]),
                     "takes": takes,
                     "images": images,
                     "search": scratch.parent.name,
@@ -421,6 +467,8 @@ def run_jobs(
                 tune_config=ray.tune.TuneConfig(
                     metric="val_acc",
                     mode="max",
+                    num_samples=-1,  # until the supply is at its end
+                    search_alg=_Supply(jobs, ended),
                     scheduler=ASHA(functools.partial(guarded, judge)),
                     max_concurrent_trials=concurrent,
                     reuse_actors=not named,
@@ -432,10 +480,8 @@ def run_jobs(
                     storage_path=str(scratch),
                     verbose=0,
                     failure_config=ray.tune.FailureConfig(max_failures=RETRIES),
-                    callbacks=[
-                        _Listener(functools.partial(guarded, on_start), functools.partial(guarded, end), faults, lost)
-                    ],
-                    stop=_StopAll(faults, lost),
+                    callbacks=[listener],
+                    stop=_StopAll(listener.wrong),
                 ),
             )
             tuner.fit()

@@ -160,8 +160,12 @@ class Experiment:
         write_csv(self.folder / "finalists.csv", columns, [vars(f) for f in self.finalists.values()])
 
     def lineup(self, count: int, seeds: Sequence[int]) -> list[tuple[str, int]]:
-        """The trainings that decide: each of the best `count` trials with each seed, seed by seed."""
-        return [(trial.trial_id, seed) for seed in seeds for trial in self.leaders(count)]
+        """The trainings that decide, as far as they are sure: the best `count` trials with each seed, seed by seed.
+
+        Each trial that is still under way may overtake, so that of the others the best `count` less these are sure.
+        """
+        sure = self.leaders(max(0, count - len(self.pending())))
+        return [(trial.trial_id, seed) for seed in seeds for trial in sure]
 
     def trained(self, count: int, seeds: Sequence[int]) -> bool:
         """Whether all trials have ended and all finalists are trained."""
@@ -206,14 +210,14 @@ class Experiment:
                 discard_state(self.checkpoints(trial.trial_id))
                 if trial.trial_id not in kept:
                     shutil.rmtree(self.checkpoints(trial.trial_id), ignore_errors=True)
-        for trial_id, seed in self.finalists:
-            place = self.checkpoints(finalist_id(trial_id, seed))
-            discard_state(place)
-            if trial_id not in kept:  # new trials have taken its place
+        for key in self.finalists:
+            discard_state(self.checkpoints(finalist_id(*key)))
+        for place in self.folder.glob(f"checkpoints/{finalist_id('*', '*')}"):
+            if place.name.partition("-")[0] not in kept:  # new trials have taken its place
                 shutil.rmtree(place, ignore_errors=True)
 
 
-def finalist_id(trial_id: str, seed: int) -> str:
+def finalist_id(trial_id: str, seed: int | str) -> str:
     """The id of a finalist's training."""
     return f"{trial_id}-s{seed}"
 

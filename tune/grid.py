@@ -142,7 +142,8 @@ class Grid(Campaign[GridQuestion]):
     def train(self, trial_ids: Sequence[str], title: str) -> None:
         """Train these, stopping none."""
         kept = 0 if self.question.base.folds is not None else len(self.experiment.trials)
-        self.run_trials(trial_ids, self.view(title), lambda *_: "", lambda: self.experiment.tidy(kept))
+        tasks = self.trial_tasks(trial_ids, lambda *_: "", lambda: self.experiment.tidy(kept))
+        self.run_tasks(lambda: tasks, self.view(lambda: title))
 
     def prune(self, folds: int) -> None:
         """Give up the settings that were poorest over the first folds."""

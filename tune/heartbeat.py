@@ -18,6 +18,7 @@ INTERVAL = 1.0  # seconds between two beats at least: a step may take two millis
 HUNG = "hung"  # a note in the folder of the checkpoints
 
 # A process of its own: it also kills what hangs in native code, or was stopped by a signal. It ends with its parent.
+# A file of time 0 says that the parent waits for others.
 WATCH = """
 import os, signal, sys, time
 parent, beat, note, patience = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
@@ -29,7 +30,7 @@ while os.getppid() == parent:
         now = os.stat(beat).st_mtime_ns
     except FileNotFoundError:
         break
-    silent = silent + pause if now == last else 0.0
+    silent = silent + pause if now == last != 0 else 0.0
     last = now
     if silent > patience:
         os.kill(parent, signal.SIGKILL)  # before the note: what hangs may be the disk
@@ -65,6 +66,18 @@ class Heartbeat(Callback):
         """Say that there is life."""
         if time.monotonic() > self.last + INTERVAL:
             self.last = time.monotonic()
+            os.utime(self.file)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The block waits for another process, which may take its time."""
+        if self.watch is None:
+            yield
+            return
+        os.utime(self.file, (0, 0))
+        try:
+            yield
+        finally:
             os.utime(self.file)
 
     def on_train_batch_end(self, *_: Any) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
+
 from cifar_lab.evaluate import evaluate, record_of_test
 from cifar_lab.files import read_json, size, write_json
 from cifar_lab.fit import CheckpointError, Row, best_record, ended_run, finite
 from cifar_lab.recipe import Recipe
 from cifar_lab.report import headline
-from tune.campaign import Campaign
+from tune.campaign import Campaign, Task
 from tune.experiment import finalist_id
 from tune.plan import expected_epochs, sizes
 from tune.question import SearchQuestion
@@ -94,42 +97,47 @@ class Search(Campaign[SearchQuestion]):
         return str(decision) if decision.stop else ""
 
     def work(self) -> None:
-        view = self.view("search", list(self.rungs.values))
-        self.run_trials(
-            self.experiment.pending(), view, self.decide, lambda: self.experiment.tidy(self.options.finalists)
-        )
-        if not self.experiment.pending():
-            self.run_finalists()
+        """Train trials, and finalists as soon as they are sure, so that none waits for the last trial to end."""
+        experiment, count = self.experiment, self.options.finalists
+        trials = self.trial_tasks(experiment.pending(), self.decide, lambda: experiment.tidy(count))
+        finalist = functools.cache(self.finalist_task)
 
-    def run_finalists(self) -> None:
-        """Train the best trials anew, from scratch, each with new seeds, without stopping any."""
-        experiment = self.experiment
-        jobs = {}
-        for key in experiment.lineup(self.options.finalists, self.seeds()):
-            if key not in experiment.finalists:
-                recipe = self.question.recipe(key[0]).replace(seed=key[1])
-                jobs[finalist_id(*key)] = self.job(finalist_id(*key), recipe)
-        view = self.view(f"finalists, {len(jobs)} to train")
+        def tasks() -> Iterator[Task]:
+            yield from trials
+            for key in experiment.lineup(count, self.seeds()):
+                if key not in experiment.finalists:
+                    yield finalist(*key)
 
-        def judge(job_id: str, row: Row) -> bool:
-            view.heard(job_id, row)
+        self.run_tasks(tasks, self.view(self.progress, list(self.rungs.values)))
+
+    def progress(self) -> str:
+        """How many have ended."""
+        trials, finalists = self.experiment.trials, self.experiment.finalists
+        said = f"{len(trials) - len(self.experiment.pending())}/{len(trials)} trials"
+        sure = self.experiment.lineup(self.options.finalists, self.seeds())
+        return f"{said}, {sum(key in finalists for key in sure)}/{len(sure)} finalists" if sure else said
+
+    def finalist_task(self, trial_id: str, seed: int) -> Task:
+        """One of the best trials anew, from scratch, with a new seed, not to be stopped."""
+        job_id = finalist_id(trial_id, seed)
+        job = self.job(job_id, self.question.recipe(trial_id).replace(seed=seed))
+
+        def judge(row: Row) -> bool:
             self.finalist_epochs[job_id] = int(row["epoch"])
             return False
 
-        def on_end(job_id: str, error: str) -> None:
+        def on_end(error: str) -> str:
             self.finalist_epochs.pop(job_id, None)
-            job = jobs[job_id]
             job.fetch()
             run = ended_run(job.folder)
             if run is not None and not error:
-                experiment.add_finalist(job_id.partition("-")[0], run)
+                self.experiment.add_finalist(trial_id, run)
                 job.forget()
             if error:
                 self.faults.append(f"{job_id} failed: {self.explained(job_id, error)}")
-            view.ended(job_id, error or (f"val_acc {run.best['val_acc']:.4f}" if run else "interrupted"))
+            return error or (f"val_acc {run.best['val_acc']:.4f}" if run else "interrupted")
 
-        if jobs:
-            self.run_jobs(list(jobs.values()), judge, on_end, view)
+        return Task(job, judge, on_end)
 
     def settle(self) -> None:
         """Choose the winner by mean val_acc over the seeds; only its checkpoints are then read on test, once each."""

@@ -51,7 +51,9 @@ def run_trial(config: dict[str, Any]) -> None:
             if mirror:
                 mirror.push()
             gauges.heard(row)
-            ray.tune.report({**row, "gpu_share": machine.gpu_share()})
+            # One that is stopped stays in there until there is another job for this process.
+            with heartbeat.waiting():
+                ray.tune.report({**row, "gpu_share": machine.gpu_share()})
 
         watches = [GradientWatch(gradients)] if job["gradients"] else []
         data = CIFAR10DataModule(recipe, received(images["name"], lambda: ray.get(images["held"]))) if images else None

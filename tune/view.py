@@ -43,11 +43,11 @@ class View:
     """Shows an experiment while `with` holds: a table, redrawn, or a line an ended trial where no terminal listens."""
 
     experiment: Experiment
+    progress: Callable[[], str]
     seconds_left: Callable[[], float]
     milestones: Sequence[int]
     max_epochs: int
     quiet: bool = False
-    title: str = "search"
     running: list[str] = field(default_factory=list)
     latest: dict[str, Row] = field(default_factory=dict)
     start: float = field(default_factory=time.monotonic)
@@ -93,12 +93,8 @@ class View:
             self._line(f" | {job} {text}")
 
     def summary(self) -> str:
-        """The state in one line: ended, running, best so far, time gone and left."""
-        trials = self.experiment.trials.values()
-        ended = sum(t.status != "pending" for t in trials)
-        parts = [f"{ended}/{len(self.experiment.trials)} trials"]
-        if self.title != "search":
-            parts = [self.title]
+        """The state in one line: how far it is, best so far, time gone and left."""
+        parts = [self.progress()]
         if leaders := self.experiment.leaders(1):
             best = leaders[0].best or {}
             parts.append(f"best val_acc {best['val_acc']:.4f} ({leaders[0].trial_id}, epoch {best['epoch']:.0f})")
@@ -129,7 +125,7 @@ class View:
 
     def _cells(self, job: str, trial: Trial | None, row: Row | None) -> list[str]:
         epoch = int(row["epoch"]) if row else 0
-        rung = next((m for m in self.milestones if m > epoch), None)
+        rung = next((m for m in self.milestones if m > epoch), None) if trial else None  # a finalist has none
         best = trial.best if trial else None
         running = job in self.running
         return [
