@@ -3,7 +3,8 @@
 `GradientWatch` leaves the CSV of `cifar_lab.gradient_table`.
 
 Gradients are those of the loss, before any clipping. Parameters that get none (frozen, unused) have no row. ReLUs are
-the nn.ReLU modules: LeakyReLU, ELU and GELU cannot die, torch.relu called as a function is not seen.
+the nn.ReLU modules, one that serves a second layer is followed by (2) there: LeakyReLU, ELU and GELU cannot die,
+torch.relu called as a function is not seen.
 
 At most STEPS optimizer steps an epoch are looked at, evenly spaced from the first: a channel that other batches alone
 set off passes for dead.
@@ -11,6 +12,7 @@ set off passes for dead.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,7 @@ class GradientWatch(Callback):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hooks: list[RemovableHandle] = []
+        self.uses: Counter[str] = Counter()  # of each ReLU, so far in this step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.gradients: dict[str, GradientSums] = {}
@@ -80,6 +83,7 @@ class GradientWatch(Callback):
     ) -> None:
         assert isinstance(pl_module, ImageClassifier)
         self.looks = sampled(batch_idx, int(trainer.num_training_batches))
+        self.uses.clear()
         if self.looks:
             for name, layer in pl_module.network.named_modules():
                 if isinstance(layer, nn.ReLU):
@@ -89,7 +93,8 @@ class GradientWatch(Callback):
         def hook(layer: nn.Module, inputs: Any, output: Tensor) -> None:
             most = output.detach().amax([i for i in range(output.ndim) if i != 1]).flatten()
             alive = ~(most <= 0)  # what is not a number is something else than dead
-            key = name, len(alive)  # one module may serve several layers
+            self.uses[name] += 1  # one module may serve several layers
+            key = f"{name} ({self.uses[name]})" if self.uses[name] > 1 else name, len(alive)
             self.alive[key] = self.alive[key] | alive if key in self.alive else alive
 
         return hook

@@ -93,12 +93,17 @@ def test_a_channel_is_alive_when_it_was_above_zero_once(tmp_path: Path) -> None:
     layer.register_forward_hook(watch._watch("act"))
     images = torch.full((2, 3, 4, 4), -1.0)
     images[1, 0, 2, 3] = 1
-    layer(images)
-    layer(-torch.ones(2, 3, 4, 4))
+
+    def step(x: torch.Tensor) -> None:
+        watch.uses.clear()
+        layer(x)
+
+    step(images)
+    step(-torch.ones(2, 3, 4, 4))
     assert watch.alive["act", 3].tolist() == [True, False, False]
-    layer(torch.tensor([[-1.0, 2.0], [-1.0, -2.0]]))
+    step(torch.tensor([[-1.0, 2.0], [-1.0, -2.0]]))
     assert watch.alive["act", 2].tolist() == [False, True]
-    layer(torch.full((1, 2), torch.nan))
+    step(torch.full((1, 2), torch.nan))
     assert watch.alive["act", 2].tolist() == [True, True], "what is not a number is something else than dead"
 
 
@@ -187,6 +192,24 @@ def test_what_cannot_die_is_not_watched(activation: str, tmp_path: Path) -> None
     table = watched(recipe(activation=activation, max_epochs=1), tmp_path)
     assert set(table.kind) == {"gradient"}
     assert verdicts(table) == ["The network has no ReLU module: none could die."]
+
+
+def test_the_relus_of_a_network_without_normalisation_are_watched(tmp_path: Path) -> None:
+    asked = Recipe(arch="nf_resnet", width=2, dataset="digits", limit_train=60, max_epochs=1, precision="32")
+    table = watched(asked, tmp_path)
+    assert set(table.layer[table.kind == "relu"]) >= {"stages.0.activation", "activation"}
+
+
+def test_a_relu_that_serves_two_layers_is_watched_in_each(tmp_path: Path) -> None:
+    watch, shared = GradientWatch(tmp_path / "gradients.csv"), nn.ReLU()
+    watch.alive = {}
+    shared.register_forward_hook(watch._watch("relu"))
+    for _ in range(2):  # batches
+        watch.uses.clear()
+        shared(torch.tensor([[-1.0, -1.0, 1.0]]))
+        shared(torch.tensor([[1.0, -1.0, 1.0]]))
+    alive = {layer: channels.tolist() for (layer, _), channels in watch.alive.items()}
+    assert alive == {"relu": [False, False, True], "relu (2)": [True, False, True]}
 
 
 def rows(layer: str, zeros: list[float], kind: str = "relu", n: int = 32) -> list[dict[str, Any]]:

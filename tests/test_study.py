@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -31,7 +32,7 @@ from tune.grid_question import GridQuestion
 from tune.kfold import ask as ask_grid
 from tune.question import Question, SearchQuestion, question_file
 from tune.question import ask as ask_search
-from tune.reproduce import grid_value, setting_value
+from tune.reproduce import grid_value, scaled, setting_value
 from tune.space import Choice, configuration
 from tune.study import Figure, Study, main, question_of, studies
 
@@ -284,6 +285,15 @@ def test_a_field_that_is_given_is_taken_out_of_the_grid(carried: Path) -> None:
     assert [dict(s) for s in widths.settings] == [{"width": 32}, {"width": 64}]
     search = asked(carried, studies()["001-classic-cnn"]["as_reported"], {"seed": 5, "lr": 0.004})
     assert isinstance(search, SearchQuestion) and not {"seed", "lr"} & set(search.space)
+
+
+def test_settings_that_were_left_out_or_given_up_are_said(carried: Path) -> None:
+    kfold = studies()["000-kfold"]["corrected"]
+    question = grid_asked(carried, "000-kfold", "corrected", {"lr": 0.001})
+    assert scaled(kfold, question) == ["only lr 0.001"], "one of its rates, though it is the default one"
+    options = dataclasses.replace(question.options, prune_after=1, keep=0.25)
+    pruned = dataclasses.replace(grid_asked(carried, "000-kfold", "corrected"), options=options)
+    assert scaled(kfold, pruned) == ["only the best 25% of the settings beyond fold 1 of 3"]
 
 
 @pytest.mark.parametrize(
@@ -590,6 +600,7 @@ def test_a_row_says_what_was_scaled_down_with_what_it_was_made_and_what_it_wants
             "hidden 6 instead of 128",
         }
         assert row["seed"] == "0" and "core" in row["hardware"] and "wants an hour" in row["reason"]
+        assert "only" not in row["scale"], "all three rates"
         assert row["command"].startswith("python -m tune.study 002-lr --variant as_reported --dataset digits")
 
 
@@ -668,7 +679,8 @@ def test_the_figures_of_the_test_curve_are_its_highest_and_its_last(softmax: Ran
     assert float(rows["train_acc at lr 0.01"]["ours"]) == curves.train_acc[curves.val_acc.idxmax()]
     for metric in ("test_acc_max at lr 0.005", "test_acc_max at lr 0.001"):
         assert rows[metric]["ours"] == "" and "left out" in rows[metric]["reason"]
-    assert "width 2 instead of 64" in row["scale"] and "2 of 150 epochs" in row["scale"]
+    scale = row["scale"].split("; ")
+    assert {"width 2 instead of 64", "2 of 150 epochs", "only lr 0.01"} <= set(scale)
 
 
 def test_a_second_study_leaves_the_rows_of_the_first(softmax: Ran) -> None:

@@ -140,12 +140,17 @@ def scaled(study: Study, question: Question) -> list[str]:
     defaults = type(base)(**full)
     for name, value in question.given.items():
         meant = full.get(name, getattr(defaults, name))
-        if name in FREE or name == "limit_train" or value == meant:
+        if name in FREE or name == "limit_train":
             continue
         if name in study.grid:
             told.append(f"only {name} {value}")
             continue
+        if value == meant:
+            continue
         told.append(f"{value} of {meant} epochs" if name == "max_epochs" else f"{name} {value} instead of {meant}")
+    if isinstance(question, GridQuestion) and (after := question.options.prune_after) is not None:
+        kept, folds = question.options.keep, base.folds
+        told.append(f"only the best {kept:.0%} of the settings beyond fold {after} of {folds}")
     if isinstance(question, SearchQuestion):
         declared = SearchOptions(**(study.search or {}))
         for name, what in (("num_samples", "trials"), ("finalists", "finalists"), ("finalist_seeds", "seeds")):

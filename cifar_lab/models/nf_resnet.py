@@ -39,11 +39,11 @@ class ScaledConv2d(nn.Conv2d):
         return out
 
 
-class ScaledReLU(nn.Module):
+class ScaledReLU(nn.ReLU):
     """ReLU times GAMMA: of a standard normal input the output has variance 1, though not mean 0."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x) * GAMMA
+        return super().forward(x) * GAMMA
 
 
 class Block(nn.Module):
