@@ -69,7 +69,6 @@ EXPECTED = {
     "beyond-resnet18-cutout": CORRECTED,
     "beyond-nf-resnet": CORRECTED,
     "beyond-nf-resnet-twin": CORRECTED,
-    "beyond-pretrained": CORRECTED,
     "beyond-classic-depth": CORRECTED,
     "beyond-classic-longer": CORRECTED,
     "beyond-classic-whole": CORRECTED,
@@ -85,7 +84,10 @@ EXPECTED = {
     "beyond-wide-time": CORRECTED,
     "beyond-speed-94": CORRECTED,
     "beyond-speed-96": CORRECTED,
+    "beyond-precision": CORRECTED,
+    "beyond-speed-precision": CORRECTED,
     "beyond-resnet18-tta": CORRECTED,
+    "imagenet-pretrained": CORRECTED,
 }
 ALL = [(name, variant) for name, variants in studies().items() for variant in variants]
 FLOOR = math.log(1 + 9 / math.e)
@@ -301,7 +303,7 @@ def test_settings_that_were_left_out_or_given_up_are_said(carried: Path) -> None
     [
         ("", r"study: none is named\. Legal: python -m tune\.study NAME, or --list for the names"),
         ("--variant corrected", r"study: none is named"),
-        ("002-lrr", r"study: '002-lrr'; did you mean 002-lr\? Legal: 000-base, .*beyond-pretrained"),
+        ("002-lrr", r"study: '002-lrr'; did you mean 002-lr\? Legal: 000-base, .*imagenet-pretrained"),
         ("nothing-like-it", r"study: 'nothing-like-it'\. Legal: 000-base"),
         ("003-lr --variant reported", r"variant: 'reported'\. Legal for 003-lr: corrected, as_reported"),
         ("000-base --variant as_reported", r"variant: 'as_reported'\. Legal for 000-base: corrected"),
