@@ -121,7 +121,7 @@ class View:
                     *self._cells(trial.trial_id, trial, trial.rows[-1] if trial.rows else None),
                     style=STYLES[trial.status],
                 )
-        return Group(Text(self.summary(), no_wrap=True, overflow="ellipsis"), table)
+        return Group(Text(self.summary()), table)
 
     def _cells(self, job: str, trial: Trial | None, row: Row | None) -> list[str]:
         epoch = int(row["epoch"]) if row else 0
