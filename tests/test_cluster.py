@@ -252,6 +252,14 @@ def test_a_failure_is_told_in_words_that_all_who_met_it_share(error: Exception |
     assert cause(error, text).startswith(said)
 
 
+def test_a_machine_that_leaves_while_it_is_asked_is_not_waited_for(
+    processors: list[dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = ray.nodes()  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {**nodes[0], "NodeID": "e" * len(nodes[0]["NodeID"])}])
+    assert tune.cluster.blind(str(tmp_path)) == []
+
+
 def test_a_machine_without_the_package_is_told_in_a_sentence(
     processors: list[dict[str, float]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,7 +231,19 @@ def blind(place: str) -> list[str]:
         there = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
         remote: Any = ray.remote(num_cpus=0)(look)
         looks = [remote.options(scheduling_strategy=place).remote(name) for place in there]
-        return [node["NodeManagerAddress"] for node, saw in zip(nodes, answered(looks), strict=True) if not saw]
+        asked = zip(nodes, looks, strict=True)
+        return [node["NodeManagerAddress"] for node, look in asked if not left(look) and not answered(look)]
+
+
+def left(asked: Any) -> bool:
+    """Whether the machine that was asked has left the cluster since."""
+    try:
+        ray.get(asked)
+    except ray.exceptions.TaskUnschedulableError:
+        return True
+    except ray.exceptions.RayError:
+        pass  # which `answered` tells
+    return False
 
 
 def on_a_worker(function: Callable[..., T], takes: dict[str, float], *words: Any) -> T:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,6 @@ INTERVAL = 1.0  # seconds between two beats at least: a step may take two millis
 HUNG = "hung"  # a note in the folder of the checkpoints
 
 # A process of its own: it also kills what hangs in native code, or was stopped by a signal. It ends with its parent.
-# A file of time 0 says that the parent waits for others.
 WATCH = """
 import os, signal, sys, time
 parent, beat, note, patience = int(sys.argv[1]), sys.argv[2], sys.argv[3], float(sys.argv[4])
@@ -30,7 +30,7 @@ while os.getppid() == parent:
         now = os.stat(beat).st_mtime_ns
     except FileNotFoundError:
         break
-    silent = silent + pause if now == last != 0 else 0.0
+    silent = silent + pause if now == last else 0.0
     last = now
     if silent > patience:
         os.kill(parent, signal.SIGKILL)  # before the note: what hangs may be the disk
@@ -70,15 +70,22 @@ class Heartbeat(Callback):
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The block waits for another process, which may take its time."""
-        if self.watch is None:
-            yield
-            return
-        os.utime(self.file, (0, 0))
+        """Beat while the block waits for another process, which may take its time."""
+        over = threading.Event()
+
+        def beats() -> None:
+            while not over.wait(INTERVAL):
+                os.utime(self.file)
+
+        thread = threading.Thread(target=beats, daemon=True)
+        if self.watch is not None:
+            thread.start()
         try:
             yield
         finally:
-            os.utime(self.file)
+            over.set()
+            if self.watch is not None:
+                thread.join()
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.beat()
