@@ -86,6 +86,7 @@ class Heartbeat(Callback):
             over.set()
             if self.watch is not None:
                 thread.join()
+                os.utime(self.file)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.beat()
