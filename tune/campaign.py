@@ -260,8 +260,9 @@ class Campaign(ABC, Generic[Q]):
 
         def jobs() -> Iterator[Job]:
             for task in tasks():
-                job = known.setdefault(task.job.job_id, task).job
-                if job.job_id not in boards:
+                job = task.job
+                if job.job_id not in known:
+                    known[job.job_id] = task
                     boards[job.job_id] = Board(place / job.job_id, job.recipe, f"{name}/{job.job_id}")
                 yield job
 

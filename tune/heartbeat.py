@@ -71,6 +71,9 @@ class Heartbeat(Callback):
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
         """Beat while the block waits for another process, which may take its time."""
+        if self.watch is None:
+            yield
+            return
         over = threading.Event()
 
         def beats() -> None:
@@ -78,15 +81,13 @@ class Heartbeat(Callback):
                 os.utime(self.file)
 
         thread = threading.Thread(target=beats, daemon=True)
-        if self.watch is not None:
-            thread.start()
+        thread.start()
         try:
             yield
         finally:
             over.set()
-            if self.watch is not None:
-                thread.join()
-                os.utime(self.file)
+            thread.join()
+            os.utime(self.file)
 
     def on_train_batch_end(self, *_: Any) -> None:
         self.beat()
