@@ -379,7 +379,7 @@ def test_what_best_json_keeps_of_a_study_is_what_published_csv_has(folder: Path)
     width, limit = best["recipe"].get("width"), best["recipe"]["limit_train"]
     for told in scale:
         assert (f"{best['recipe']['max_epochs']} of " in told) == (" of " in told.partition(" epochs")[0])
-        assert (f"width {width} instead of" in told) == ("width" in told) and ("limit_train" in told) == bool(limit)
+        assert (f"width {width} instead of" in told) == ("width " in told) and ("limit_train" in told) == bool(limit)
 
 
 def test_a_grids_table_is_that_of_its_curves_means_over_folds_by_scipy(study: tuple[Path, Page]) -> None:
@@ -441,7 +441,8 @@ def test_the_test_curve_is_that_of_its_file_and_ends_where_the_predictions_do(st
     assert "nothing was chosen by it" in page.text(title) and {"test accuracy", "G00"} <= set(page.drawn[title])
     for metric in ("acc", "loss"):
         (line,) = plots.tested(tested, metric).axes[0].lines
-        assert list(line.get_xdata()) == [1, 2, 3] and list(line.get_ydata()) == list(tested[f"test_{metric}"])
+        assert list(line.get_xdata()) == list(range(1, len(tested) + 1)) == list(tested.epoch)
+        assert list(line.get_ydata()) == list(tested[f"test_{metric}"])
     last = tested.iloc[-1]
     assert last.epoch == read_json(folder / "best.json")["epoch"]
     assert last.test_acc == pytest.approx(accuracy_score(said.label, said.prediction))
