@@ -37,13 +37,19 @@ def wilson(correct: int, n: int) -> tuple[float, float]:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95% Student t interval of the mean of two or more values, such as accuracies over seeds."""
+    """The 95% Student t interval of the mean of two or more values."""
     import numpy as np
     from scipy.stats import t
 
     n, mean, spread = len(values), float(np.mean(values)), float(np.std(values, ddof=1))
     half = float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread / n**0.5
     return mean - half, mean + half
+
+
+def accuracy_interval(accuracies: Sequence[float]) -> tuple[float, float]:
+    """The t interval of the mean accuracy of two or more seeds or folds, cut off at 0 and 1."""
+    low, high = t_interval(accuracies)
+    return max(low, 0.0), min(high, 1.0)
 
 
 def confident_mistakes(labels: np.ndarray, predictions: np.ndarray, confidence: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pandas as pd
 
 from cifar_lab import calibration, plots
 from cifar_lab.compare import class_table, compare, read_answers
-from cifar_lab.evaluate import confident_mistakes, t_interval, times_read, wilson
+from cifar_lab.evaluate import accuracy_interval, confident_mistakes, times_read, wilson
 from cifar_lab.files import read_json, read_table, write_atomically
 from cifar_lab.gradient_table import verdicts
 from cifar_lab.page import Section, drawn, facts, note, page, pair, percent, photograph, picture, section, table
@@ -24,7 +24,7 @@ def measured(best: dict[str, Any]) -> tuple[list[float], int, tuple[float, float
     if own := best.get("images"):
         return [own["acc"]], own["n"], (own["low"], own["high"])
     seeds = best["test_acc_seeds"]
-    interval = t_interval(seeds) if len(seeds) > 1 else (best["test_low"], best["test_high"])
+    interval = accuracy_interval(seeds) if len(seeds) > 1 else (best["test_low"], best["test_high"])
     return seeds, best["test_n"], interval
 
 

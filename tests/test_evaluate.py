@@ -31,6 +31,7 @@ from cifar_lab.data import DataError
 from cifar_lab.evaluate import (
     TTA,
     Evaluation,
+    accuracy_interval,
     evaluate,
     main,
     record_of_test,
@@ -70,6 +71,13 @@ def test_the_t_interval_is_scipys() -> None:
 
 def test_seeds_that_agree_have_an_interval_of_no_width() -> None:
     assert t_interval([0.5, 0.5]) == (0.5, 0.5)
+
+
+def test_the_interval_of_a_mean_accuracy_ends_at_0_and_1() -> None:
+    near = [0.7, 0.72, 0.69]
+    assert accuracy_interval(near) == t_interval(near)
+    low, high = t_interval([0.2, 0.9])
+    assert low < 0 and high > 1 and accuracy_interval([0.2, 0.9]) == (0.0, 1.0)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cifar_lab.evaluate import t_interval, wilson
+from cifar_lab.evaluate import accuracy_interval, wilson
 from cifar_lab.files import read_json, size, write_csv, write_json
 from cifar_lab.fit import best_record
 from cifar_lab.recipe import Recipe
@@ -50,7 +50,7 @@ class Setting:
         best = max(epochs, key=lambda e: (means[e] if math.isfinite(means[e]) else -1.0, -e))
         found = {name: statistics.fmean(rows[best][name] for rows in curves) for name in METRICS}
         accuracies = [rows[best]["val_acc"] for rows in curves]
-        low, high = t_interval(accuracies) if len(accuracies) > 1 else (None, None)
+        low, high = accuracy_interval(accuracies) if len(accuracies) > 1 else (None, None)
         return {
             "folds": len(measured),
             "best_epoch": best + 1,

@@ -12,7 +12,7 @@ import pandas as pd
 
 from cifar_lab import cli, plots
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.evaluate import Evaluation, evaluate, record_of_test, t_interval, wilson
+from cifar_lab.evaluate import Evaluation, accuracy_interval, evaluate, record_of_test, wilson
 from cifar_lab.files import read_csv, read_json, read_table, write_csv, write_json
 from cifar_lab.gradient_table import verdicts
 from tune.experiment import Experiment
@@ -371,7 +371,7 @@ def search_found(study: Study, folder: Path, val_n: int) -> list[Found]:
 def over_seeds(accuracies: Sequence[float], n: int, alone: tuple[float, float] | None) -> Value:
     """Mean with its t interval; of one seed with the interval of its images."""
     mean = sum(accuracies) / len(accuracies)
-    low, high = t_interval(accuracies) if len(accuracies) > 1 else alone or wilson(round(mean * n), n)
+    low, high = accuracy_interval(accuracies) if len(accuracies) > 1 else alone or wilson(round(mean * n), n)
     return mean, low, high, n
 
 
