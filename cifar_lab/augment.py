@@ -14,16 +14,28 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 
-def crop(images: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
-    """Windows of the images' own size, cut at (top, left), (N,) int64 in 0..2*padding, from black-padded images."""
+def crop(images: Tensor, top: Tensor, left: Tensor, padding: int, border: str) -> Tensor:
+    """Windows of the images' own size, cut at (top, left), (N,) int64 in 0..2*padding, from padded images.
+
+    What lies beyond the edge is black, or with `border` reflect the image mirrored about its outermost pixels.
+    """
     n, channels, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4)
+    padded = reflected(images, padding) if border == "reflect" else F.pad(images, (padding,) * 4)
     image, plane, row, pixel = padded.stride()
     first = torch.arange(n, device=images.device) * image + top * row + left * pixel
     # Every window of the batch by its first pixel: those wanted are copied row by row, not pixel by pixel.
     places = (n - 1) * image + 2 * padding * (row + pixel) + 1
     windows = padded.as_strided((places, channels, height, width), (1, plane, row, pixel))
     return windows.index_select(0, first)
+
+
+def reflected(images: Tensor, padding: int) -> Tensor:
+    """Images padded on all sides by their mirror image about the outermost pixels; any dtype, unlike PyTorch's own."""
+    for dim in (2, 3):
+        side = images.shape[dim]
+        places = torch.arange(-padding, side + padding, device=images.device).abs()
+        images = images.index_select(dim, side - 1 - (side - 1 - places).abs())
+    return images
 
 
 def flip(images: Tensor, flipped: Tensor) -> Tensor:
@@ -100,6 +112,7 @@ class Augmentation:
     """What is done to a training batch of uint8 images, in this order: crop, flip, rotate, cutout; see Recipe."""
 
     padding: int
+    border: str
     flip: str
     degrees: float
     cutout: int
@@ -113,7 +126,7 @@ class Augmentation:
             return torch.randint(high, (n,), generator=generator, device=device)
 
         if self.padding:
-            images = crop(images, draw(2 * self.padding + 1), draw(2 * self.padding + 1), self.padding)
+            images = crop(images, draw(2 * self.padding + 1), draw(2 * self.padding + 1), self.padding, self.border)
         if self.flip == "random":
             images = flip(images, draw(2).bool())
         elif self.flip == "alternating":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,8 +131,9 @@ class ImageClassifier(pl.LightningModule):
         if self.recipe.agc:
             optim.clip_adaptively(self.clipped, self.recipe.agc)
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.averaged is not None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stepped = (batch_idx + 1) % self.recipe.accumulate == 0 or self.trainer.is_last_batch
+        if self.averaged is not None and stepped:
             self.averaged.update_parameters(self.network)
 
     def on_validation_epoch_start(self) -> None:
@@ -180,5 +182,5 @@ class ImageClassifier(pl.LightningModule):
         made = optim.optimizer(self.recipe, self.network.parameters())
         *body, _last = filter(None, (list(layer.parameters(recurse=False)) for layer in self.network.modules()))
         self.clipped = [parameter for own in body for parameter in own]
-        steps = len(self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
-        return [made], optim.schedulers(self.recipe, made, steps)
+        batches = len(self.trainer.datamodule.train_dataloader())  # type: ignore[attr-defined]
+        return [made], optim.schedulers(self.recipe, made, math.ceil(batches / self.recipe.accumulate))

@@ -489,7 +489,12 @@ class CIFAR10DataModule(pl.LightningDataModule):
         recipe = self.recipe
         fill = (self.mean * 255).round() if recipe.cutout_fill == "mean" else torch.zeros(3)
         augmentation = Augmentation(
-            padding=recipe.crop, flip=recipe.flip, degrees=recipe.rotate, cutout=recipe.cutout, fill=fill
+            padding=recipe.crop,
+            border=recipe.crop_border,
+            flip=recipe.flip,
+            degrees=recipe.rotate,
+            cutout=recipe.cutout,
+            fill=fill,
         )
         return Batches(
             self.images,

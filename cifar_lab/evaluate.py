@@ -176,14 +176,11 @@ TTA: dict[str, tuple[tuple[float, bool, int], ...]] = {
 
 def view(images: Tensor, mirrored: bool, shift: int) -> Tensor:
     """Images (N, 3, H, W) shifted down and right by `shift` pixels, what is missing reflected, then mirrored or not."""
-    import torch
+    from cifar_lab.augment import reflected
 
-    def reflected(side: int) -> Tensor:
-        places = (torch.arange(side, device=images.device) - shift).abs()
-        return side - 1 - (side - 1 - places).abs()
-
-    if shift:
-        images = images[:, :, reflected(images.shape[2])][..., reflected(images.shape[3])]
+    height, width = images.shape[2:]
+    first = abs(shift) - shift
+    images = reflected(images, abs(shift))[:, :, first : first + height, first : first + width]
     return images.flip(-1) if mirrored else images
 
 

@@ -354,6 +354,7 @@ def fit(
         folder,
         chosen,
         max_epochs=recipe.max_epochs,
+        accumulate_grad_batches=recipe.accumulate,
         limit_val_batches=None if recipe.validated else 0,
         log_every_n_steps=10**9,
     )

@@ -12,6 +12,7 @@ set off passes for dead.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -82,7 +83,8 @@ class GradientWatch(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, ImageClassifier)
-        self.looks = sampled(batch_idx, int(trainer.num_training_batches))
+        together = trainer.accumulate_grad_batches
+        self.looks = sampled(batch_idx // together, math.ceil(trainer.num_training_batches / together))
         self.uses.clear()
         if self.looks:
             for name, layer in pl_module.network.named_modules():

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
 
 from cifar_lab.recipe import Recipe
@@ -19,8 +18,9 @@ DROP = 0.1  # what schedules step and plateau multiply the lr by; He et al. 2015
 ONECYCLE_RISE, ONECYCLE_START, ONECYCLE_END = 0.3, 1 / 25, 1 / 250_000  # Smith and Topin 2018, PyTorch's constants
 BETA2 = 0.999  # of adam and adamw; PyTorch's default
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5: pulls what lies in 0..1 towards 1 fast, if not all the way
-QUINTIC_STEPS = 5
-REST_LR = 0.1  # lr of what is no filter over that of the filters, under muon
+QUINTIC_STEPS = 3
+# Under muon, of what is no filter: lr over that of the filters, and momentum; those of airbench94_muon's head.
+REST_LR, REST_MOMENTUM = 0.0852, 0.85
 AGC_EPS = 1e-3  # norm that a weight is taken to have at least, else one at zero would stay there; Brock et al. 2021
 
 
@@ -39,21 +39,21 @@ def optimizer(recipe: Recipe, parameters: Iterable[Parameter]) -> Optimizer:
 
 
 class Muon(Optimizer):
-    """Muon for the filters of convolutions, AdamW with REST_LR times the lr for all other parameters.
+    """Muon for the filters of convolutions, SGD with REST_LR times the lr for all other parameters.
 
     A filter bank (out, in, height, width) is a matrix of `out` rows. It is brought to a norm of sqrt(out), then moved
     against its gradient's momentum made orthogonal, whose norm is about as large: lr is the relative size of a step.
-    Weight decay, decoupled, acts on the others alone: the norm of the filters is fixed.
+    Weight decay acts on the others alone, as that of SGD: the norm of the filters is fixed.
 
     Args:
         parameters: what is trained; filters are those with four dimensions.
         lr: learning rate of the filters.
-        momentum: Nesterov momentum of the filters' gradient; the first beta of AdamW.
-        weight_decay: weight decay of the others, per step times their lr.
+        momentum: Nesterov momentum of the filters' gradient; that of the others is REST_MOMENTUM.
+        weight_decay: L2 coefficient of the others.
         dtype: what the orthogonal matrix is computed in.
 
-    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the fixed norm is that of
-    airbench94_muon. Deviation: AdamW, with momentum for its first beta, in place of SGD for the others.
+    Source: Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"; the fixed norm, three steps
+    towards the orthogonal matrix and SGD for the others are those of airbench94_muon.
     """
 
     def __init__(
@@ -64,8 +64,8 @@ class Muon(Optimizer):
         others: list[Parameter] = []
         for parameter in parameters:
             (filters if parameter.ndim == 4 else others).append(parameter)
-        shared = {"momentum": momentum, "weight_decay": weight_decay}
-        super().__init__([{"params": filters, "lr": lr}, {"params": others, "lr": lr * REST_LR}], shared)
+        rest = {"lr": lr * REST_LR, "momentum": REST_MOMENTUM, "weight_decay": weight_decay}
+        super().__init__([{"params": filters, "lr": lr, "momentum": momentum}, {"params": others, **rest}], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -77,38 +77,22 @@ class Muon(Optimizer):
         filters, others = self.param_groups
         for parameter in filters["params"]:
             if parameter.grad is not None:
-                self._step_filters(parameter, filters)
-        self._step_others([parameter for parameter in others["params"] if parameter.grad is not None], others)
+                parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-7))
+                direction = self._nesterov(parameter, parameter.grad, filters["momentum"])
+                moved = orthogonal(direction.flatten(1).to(self.dtype)).to(parameter.dtype)
+                parameter.sub_(moved.view_as(parameter), alpha=filters["lr"])
+        for parameter in others["params"]:
+            if parameter.grad is not None:
+                grad = parameter.grad.add(parameter, alpha=others["weight_decay"])
+                parameter.sub_(self._nesterov(parameter, grad, others["momentum"]), alpha=others["lr"])
         return loss
 
-    def _step_filters(self, parameter: Parameter, group: dict[str, Any]) -> None:
-        grad, momentum = parameter.grad, group["momentum"]
-        assert grad is not None
+    def _nesterov(self, parameter: Parameter, grad: Tensor, momentum: float) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(grad)
         mean = state["momentum_buffer"].mul_(momentum).add_(grad)
-        direction = grad.add(mean, alpha=momentum)
-        parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-7))
-        moved = orthogonal(direction.flatten(1).to(self.dtype)).to(parameter.dtype)
-        parameter.sub_(moved.view_as(parameter), alpha=group["lr"])
-
-    def _step_others(self, parameters: list[Parameter], group: dict[str, Any]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        adamw(
-            list[Tensor](parameters),
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            [state["step"] for state in states],
-            amsgrad=False, beta1=group["momentum"], beta2=BETA2, lr=group["lr"], weight_decay=group["weight_decay"],
-            eps=1e-8, maximize=False,
-        )  # fmt: skip
+        return grad.add(mean, alpha=momentum)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

@@ -68,6 +68,7 @@ class Recipe:
         normalize: per-channel mean and std of the training part (train), .5 and .5 (half), or neither (none).
         augment: whether training images are augmented by crop, flip, rotate and cutout.
         crop: padding of the random crop, pixels.
+        crop_border: what that padding shows, black or reflect (the image's own edge mirrored).
         flip: horizontal flip: none, random (half of the images), alternating (all of them every second epoch).
         rotate: largest random rotation, degrees.
         cutout: side of the square that is blanked, pixels.
@@ -78,19 +79,20 @@ class Recipe:
         agc: adaptive gradient clipping: largest norm of a unit's gradient over that of its weights, the last layer
             left alone; 0 is off.
         optimizer: sgd, adam (L2 in the gradient), adamw (decoupled decay) or muon (steps of equal size in all
-            directions for the filters of convolutions, adamw with a tenth of the lr for the rest).
+            directions for the filters of convolutions, sgd with a twelfth of the lr for the rest).
         lr: peak learning rate.
-        momentum: momentum of sgd and muon; the first beta of adam and adamw.
+        momentum: momentum of sgd and of muon's filters; the first beta of adam and adamw.
         nesterov: Nesterov momentum for sgd; that of muon always is.
-        weight_decay: weight decay, per step times lr for adamw and what is no filter under muon, else the L2
-            coefficient.
+        weight_decay: weight decay, per step times lr for adamw, else the L2 coefficient; under muon of what is no
+            filter.
         schedule: lr over time after warm-up: none, step (times .1 every lr_step epochs), plateau (times .1 after
             lr_patience epochs without a better val_loss), cosine and linear (down to 0), onecycle (up for 30% of the
             run, then down, both cosine; it has its own warm-up).
         lr_step: epochs between the drops of schedule=step.
         lr_patience: epochs without improvement before schedule=plateau drops the lr.
         warmup_epochs: epochs over which the lr rises linearly from 0; fractions allowed.
-        batch_size: images a step.
+        batch_size: images in a batch.
+        accumulate: batches to a step, by the mean of their gradients; batch norm sees each by itself.
         max_epochs: passes over the training part.
         early_stop_patience: stop after this many epochs without a better val_acc; unset: never.
         ema: decay a step of the moving average of the weights that is validated and tested; 0 is off.
@@ -109,6 +111,7 @@ class Recipe:
     normalize: Literal["train", "half", "none"] = "train"
     augment: bool = True
     crop: int = dial(4, "0 to 16 pixels", lambda v: 0 <= v <= 16)
+    crop_border: Literal["black", "reflect"] = "black"
     flip: Literal["none", "random", "alternating"] = "random"
     rotate: float = dial(0.0, "0 to 180 degrees", lambda v: 0 <= v <= 180)
     cutout: int = dial(0, "0 to 32 pixels", lambda v: 0 <= v <= 32)
@@ -127,6 +130,7 @@ class Recipe:
     lr_patience: int = at_least(0, 3, " epochs")
     warmup_epochs: float = at_least(0, 0.0, " epochs")
     batch_size: int = at_least(2, 64, " images (batch norm needs two)")
+    accumulate: int = at_least(1, 1, " batch")
     max_epochs: int = at_least(1, 30, " epoch")
     early_stop_patience: int | None = at_least(1, None, " epoch, or unset")
     ema: float = _fraction(0.0)

@@ -30,21 +30,22 @@ def targets(n: int = N) -> Tensor:
     return torch.nn.functional.one_hot(drawn(5, n, 9), 5).float()
 
 
+@pytest.mark.parametrize("border", ["black", "reflect"])
 @pytest.mark.parametrize("width", [32, 20])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_crop_is_a_window_of_the_padded_image(layout: torch.memory_format, width: int) -> None:
+def test_crop_is_a_window_of_the_padded_image(layout: torch.memory_format, width: int, border: str) -> None:
     images, top, left = batch(width=width).contiguous(memory_format=layout), drawn(9), drawn(9, seed=2)
     top[:2], left[:2] = torch.tensor([0, 8]), torch.tensor([0, 8])
     top[-1], left[-1] = 8, 8  # the last window there is
-    out = augment.crop(images, top, left, 4)
+    out = augment.crop(images, top, left, 4, border)
     for i in range(N):
-        padded = tvf.pad(images[i], [4])
+        padded = tvf.pad(images[i], [4], padding_mode={"black": "constant"}.get(border, border))
         assert torch.equal(out[i], tvf.crop(padded, int(top[i]), int(left[i]), 32, width))
 
 
 def test_crop_in_the_middle_changes_nothing() -> None:
     middle = torch.full((N,), 4)
-    assert torch.equal(augment.crop(batch(), middle, middle, 4), batch())
+    assert torch.equal(augment.crop(batch(), middle, middle, 4, "reflect"), batch())
 
 
 def test_flip_mirrors_those_it_is_told_to() -> None:
@@ -108,7 +109,7 @@ def test_cutmix_pastes_a_rectangle_and_counts_its_pixels() -> None:
 
 
 def made(**fields: Any) -> Augmentation:
-    off: dict[str, Any] = {"padding": 0, "flip": "none", "degrees": 0.0, "cutout": 0}
+    off: dict[str, Any] = {"padding": 0, "border": "black", "flip": "none", "degrees": 0.0, "cutout": 0}
     return Augmentation(**{**off, **fields}, fill=torch.tensor([120.0, 121.0, 122.0]))
 
 

@@ -195,6 +195,7 @@ SAME: dict[str, dict[str, Any]] = {
     "mixup": {"mixup": 1.0},
     "cutmix": {"cutmix": 1.0, "label_smoothing": 0.1},
     "ema": {"ema": 0.9},
+    "accumulate": {"accumulate": 2, "schedule": "linear"},
     "rotate and cutout": {"rotate": 30.0, "cutout": 8, "flip": "alternating"},
     "resnet": {"arch": "resnet", "width": 8, "stem": "imagenet", "dropout": 0.2, "limit_train": 65, "batch_size": 32},
 }  # fmt: skip
@@ -212,6 +213,17 @@ def test_a_resumed_run_is_bit_identical_to_an_uninterrupted_one(fields: dict[str
         one, other = weights(tmp_path / "whole", name), weights(tmp_path / "parts", name)
         assert one.keys() == other.keys()
         assert [key for key in one if not torch.equal(one[key], other[key])] == []
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "muon"])
+def test_batches_that_make_a_step_together_are_one_batch(tmp_path: Path, optimizer: str) -> None:
+    fields = {"augment": False, "limit_train": 96, "optimizer": optimizer, "lr": 0.02, "schedule": "linear", "ema": 0.5}
+    whole = fit(recipe(**fields, batch_size=32), tmp_path / "whole")
+    parts = fit(recipe(**fields, batch_size=16, accumulate=2), tmp_path / "parts")
+    assert [row["lr"] for row in parts.history] == [row["lr"] for row in whole.history]
+    one, other = (weights(tmp_path / name, "last.ckpt") for name in ("whole", "parts"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
 
 
 def test_a_plateau_drops_the_lr_at_all(tmp_path: Path) -> None:

@@ -134,8 +134,8 @@ SPACES: dict[str, Space] = {
         search={
             "lr": LogUniform(3e-2, 5e-1),
             "momentum": Choice(0.6, 0.8, 0.9),
-            "weight_decay": LogUniform(1e-3, 1e-1),
-            "batch_size": Choice(250, 500, 1000),
+            "weight_decay": LogUniform(2e-2, 1.0),
+            "accumulate": Choice(2, 4, 8),
             "label_smoothing": Choice(0.0, 0.1, 0.2),
         }
     ),
