@@ -13,8 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cifar_lab import models
-from cifar_lab.layers import ACTIVATIONS, NARROW, SIDE_BY_SIDE, Activation, Conv3x3, Init, _Conv3x3, initialise
+from cifar_lab.layers import (
+    ACTIVATIONS,
+    FEW,
+    NARROW,
+    SIDE_BY_SIDE,
+    Activation,
+    Conv2d,
+    Init,
+    _Conv3x3,
+    initialise,
+)
 from cifar_lab.recipe import Recipe
+from cifar_lab.winograd import TILE
 
 N = 2 * SIDE_BY_SIDE
 
@@ -46,7 +57,10 @@ def test_the_gradient_over_images_side_by_side_is_the_plain_one(
     ("side", "training", "taken"), [(NARROW, True, True), (NARROW, False, False), (NARROW + 1, True, False)]
 )
 def test_images_lie_side_by_side_only_where_that_is_faster(side: int, training: bool, taken: bool) -> None:
-    layer, images = Conv3x3(16, 16).train(training), drawn(N, 16, side, side, dtype=torch.float32)
+    layer, images = (
+        Conv2d(16, 16, 3, padding=1, bias=False).train(training),
+        drawn(N, 16, side, side, dtype=torch.float32),
+    )
     assert "_Conv3x3" not in type(layer(images).grad_fn).__name__, "32 bit has no need of it"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(images)
@@ -54,6 +68,47 @@ def test_images_lie_side_by_side_only_where_that_is_faster(side: int, training: 
         assert torch.equal(out, F.conv2d(images, layer.weight, padding=1))
     out.float().square().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("taken", "fields", "side", "n"),
+    [
+        (True, {}, 7, 4),
+        (True, {"bias": True}, 7, 4),
+        (True, {}, TILE, FEW),
+        (False, {}, TILE - 1, 4),
+        (False, {}, TILE, FEW + 1),
+        (False, {"out_channels": 32}, 7, 4),
+        (False, {"stride": 2}, 8, 4),
+        (False, {"padding": 0}, 7, 4),
+        (False, {"padding": 2, "dilation": 2}, 7, 4),
+        (False, {"kernel_size": 1}, 7, 4),
+        (False, {"groups": 2}, 7, 4),
+    ],
+    ids=str,
+)
+def test_winograd_is_taken_only_where_it_is_right_and_faster(
+    taken: bool, fields: dict[str, Any], side: int, n: int
+) -> None:
+    asked = {"in_channels": 96, "out_channels": 96, "kernel_size": 3, "padding": 1, "bias": False, **fields}
+    torch.manual_seed(0)
+    layer, plain = Conv2d(**asked), nn.Conv2d(**asked)
+    plain.load_state_dict(layer.state_dict())
+    images = drawn(n, 96, side, side, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+
+    def winograd(images: Tensor) -> bool:
+        found, node = False, layer(images).grad_fn
+        while node is not None and not found:
+            found, node = "Winograd" in type(node).__name__, node.next_functions[0][0]
+        return found
+
+    assert winograd(images) is taken
+    torch.testing.assert_close(layer(images), plain(images), rtol=1e-3, atol=1e-4)
+    assert not winograd(images.contiguous()), "a network that is not in channels_last stays so"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not winograd(images)
+    layer.eval()
+    assert not winograd(images)
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[float], float]]] = {

@@ -98,15 +98,8 @@ def test_a_resumed_training_does_not_whiten_again(tmp_path: Path, monkeypatch: p
 
 
 def test_it_learns_digits(tmp_path: Path) -> None:
-    learning = {
-        "widths": "32,32,32",
-        "flip": "none",
-        "limit_train": 500,
-        "batch_size": 50,
-        "accumulate": 1,
-        "max_epochs": 3,
-    }
-    run = fit(Recipe(**{**SMALL, **learning}), tmp_path)
+    learning = {"widths": "32,32,32", "flip": "none", "limit_train": 500, "batch_size": 50, "accumulate": 1}
+    run = fit(Recipe(**{**SMALL, **learning, "max_epochs": 5}), tmp_path)
     assert run.best["val_acc"] > 0.9
 
 

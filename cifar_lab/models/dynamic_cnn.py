@@ -6,7 +6,7 @@ import re
 
 from torch import Tensor, nn
 
-from cifar_lab.layers import AT_LEAST_ONE, DROPOUT, Network
+from cifar_lab.layers import AT_LEAST_ONE, DROPOUT, Conv2d, Network
 
 __all__ = ["DynamicCNN"]
 
@@ -18,7 +18,7 @@ class Block(nn.Module):
         super().__init__()
         self.branches = nn.ModuleList(
             nn.Sequential(
-                nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+                Conv2d(channels, out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(out), nn.ReLU()
             )
             for _ in range(branches)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cifar_lab.layers import AT_LEAST_ONE, DROPOUT, Network
+from cifar_lab.layers import AT_LEAST_ONE, DROPOUT, Conv2d, Network
 
 __all__ = ["MixedKernelCNN"]
 
@@ -19,7 +19,7 @@ class Block(nn.Module):
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(nn.Conv2d(channels, out, k, padding=k // 2, bias=False) for k in KERNELS)
+        self.branches = nn.ModuleList(Conv2d(channels, out, k, padding=k // 2, bias=False) for k in KERNELS)
         hidden = max(4, channels // 4)
         self.weights = nn.Sequential(
             nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, len(KERNELS)), nn.Softmax(1)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cifar_lab.layers import DROPOUT, Network, initialise
+from cifar_lab.layers import DROPOUT, Conv2d, Network, initialise
 
 __all__ = ["NFResNet"]
 
@@ -17,7 +17,7 @@ BOTTLENECK_FROM = 50
 GAMMA = math.sqrt(2 / (1 - 1 / math.pi))  # 1 / the standard deviation of relu(x), x standard normal
 
 
-class ScaledConv2d(nn.Conv2d):
+class ScaledConv2d(Conv2d):
     """A convolution with scaled weight standardization: each output channel's weights have mean 0, variance 1/fan_in.
 
     A learned gain a channel, from 1, scales them.

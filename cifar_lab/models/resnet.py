@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from cifar_lab.layers import ACTIVATIONS, AT_LEAST_ONE, DROPOUT, Activation, Network, initialise
+from cifar_lab.layers import ACTIVATIONS, AT_LEAST_ONE, DROPOUT, Activation, Conv2d, Network, initialise
 
 __all__ = ["ResNet"]
 
@@ -29,12 +29,12 @@ class Block(nn.Module):
         )
         layers: list[nn.Module] = []
         for cin, cout, kernel, step in plan:
-            layers += [nn.Conv2d(cin, cout, kernel, step, padding=kernel // 2, bias=False), nn.BatchNorm2d(cout), act()]
+            layers += [Conv2d(cin, cout, kernel, step, padding=kernel // 2, bias=False), nn.BatchNorm2d(cout), act()]
         self.residual = nn.Sequential(*layers[:-1])
         self.activation = act()
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or channels != out:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+            self.shortcut = nn.Sequential(Conv2d(channels, out, 1, stride, bias=False), nn.BatchNorm2d(out))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.activation(self.residual(x) + self.shortcut(x))
@@ -75,7 +75,7 @@ class ResNet(Network):
         act = ACTIVATIONS[activation]
         kernel, stride = (3, 1) if stem == "cifar" else (7, 2)
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(width), act()
+            Conv2d(3, width, kernel, stride, padding=kernel // 2, bias=False), nn.BatchNorm2d(width), act()
         )
         if stem == "imagenet":
             self.stem.append(nn.MaxPool2d(3, 2, padding=1))

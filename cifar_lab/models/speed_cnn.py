@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_lab.layers import ACTIVATIONS, Activation, Conv3x3, Network
+from cifar_lab.layers import ACTIVATIONS, Activation, Conv2d, Network
 
 __all__ = ["SpeedCNN"]
 
@@ -33,9 +33,9 @@ class BatchNorm(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, None, bias, self.training, NORM_MOMENTUM, self.eps)
 
 
-def convolution(channels: int, out: int) -> Conv3x3:
+def convolution(channels: int, out: int) -> Conv2d:
     """A 3x3 convolution whose first filters hand their input on."""
-    made = Conv3x3(channels, out)
+    made = Conv2d(channels, out, 3, padding=1, bias=False)
     nn.init.dirac_(made.weight.data[:channels])
     return made
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cifar_lab.layers import ACTIVATIONS, AT_LEAST_ONE, DROPOUT, Activation, Network
+from cifar_lab.layers import ACTIVATIONS, AT_LEAST_ONE, DROPOUT, Activation, Conv2d, Network
 
 __all__ = ["WideCNN"]
 
@@ -45,7 +45,7 @@ class WideCNN(Network):
             out = width * 2**i
             self.convolutions.extend(
                 [
-                    nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), act(),
+                    Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), act(),
                     nn.MaxPool2d(2), nn.Dropout(dropout),
                 ]
             )  # fmt: skip
