@@ -16,6 +16,7 @@ from cifar_lab import models
 from cifar_lab.layers import (
     ACTIVATIONS,
     FEW,
+    LEAST,
     NARROW,
     SIDE_BY_SIDE,
     Activation,
@@ -25,7 +26,6 @@ from cifar_lab.layers import (
     initialise,
 )
 from cifar_lab.recipe import Recipe
-from cifar_lab.winograd import TILE
 
 N = 2 * SIDE_BY_SIDE
 
@@ -75,9 +75,9 @@ def test_images_lie_side_by_side_only_where_that_is_faster(side: int, training: 
     [
         (True, {}, 7, 4),
         (True, {"bias": True}, 7, 4),
-        (True, {}, TILE, FEW),
-        (False, {}, TILE - 1, 4),
-        (False, {}, TILE, FEW + 1),
+        (True, {}, LEAST, FEW),
+        (False, {}, LEAST - 1, 4),
+        (False, {}, LEAST, FEW + 1),
         (False, {"out_channels": 32}, 7, 4),
         (False, {"stride": 2}, 8, 4),
         (False, {"padding": 0}, 7, 4),

@@ -13,7 +13,7 @@ from tune.space import Choice, Domain
 
 MEASURED_BATCH = 16
 PLAYED = 30  # simulated searches behind an estimate
-OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 2}
+OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 1}
 
 
 @functools.cache

@@ -22,8 +22,8 @@ of `tune/studies`, `python -m tune.study --render` tells the runs that lie here 
 selects by validation alone, unless its variant is `as_reported`. The interval is a 95% t interval over seeds or folds
 where there are several, else the Wilson interval of n images. Where ours is empty the remarks say why. Each folder
 `STUDY/VARIANT` holds a run's tables and figures; `python -m tune.report results/STUDY/VARIANT` writes its page. Each
-reading of the test set is a line of its `test_readings.jsonl`; the runs of 000-final, 001-classic-cnn, 001-resnet and
-003-lr are older than that log and have none. What did not work is in [LOG.md](LOG.md).
+reading of the test set is a line of its `test_readings.jsonl`; the runs of 000-final, 003-lr and, corrected,
+001-classic-cnn are older than that log and have none. What did not work is in [LOG.md](LOG.md).
 """
 
 
