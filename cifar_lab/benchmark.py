@@ -85,7 +85,8 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
             gemm_tflops_by_precision has both.
         images_per_second: an architecture's forward and backward pass, by architecture and precision.
         threads: of the CPU, by which these were reached.
-        peak_fraction: the operations of that pass over those of a matrix product of the same precision.
+        peak_fraction: the operations of that pass, as of plain convolutions, over those that a matrix product of the
+            same precision does in its time; above 1 where Winograd spares more than is lost.
         augment_ratio: images a second of batches that are cropped, flipped and normalised, over those of torchvision's
             loader with two workers; augment_ratios has it by transforms.
         data_shares: seconds in which a batch is made, as the architecture's own recipe augments it, over those of the

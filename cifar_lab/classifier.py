@@ -95,7 +95,7 @@ class ImageClassifier(pl.LightningModule):
         self.train_hits.zero_()
         self.train_images = 0
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int = 0) -> Tensor:
         images, labels = batch
         inputs, targets, main = self._mixed(self.normalise(images), labels)
         logits = self.network(inputs).float()
@@ -106,6 +106,10 @@ class ImageClassifier(pl.LightningModule):
             self.train_loss_sum.add_(loss, alpha=len(labels))
             self.train_hits.add_((logits.argmax(1) == main).sum())
         self.train_images += len(labels)
+        if (together := self.recipe.accumulate) > 1:
+            # Lightning divides by as many also where an epoch's last step has fewer.
+            left = int(self.trainer.num_training_batches) - batch_idx // together * together
+            loss = loss * (together / min(together, left))
         return loss
 
     def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,6 +21,7 @@ from cifar_lab.models import build
 from cifar_lab.recipe import Recipe
 
 REPEATS = 5
+WAYS = 2  # of convolving, see layers.Conv2d; one more with each change there, and a precision is measured anew
 CUDA_CONTEXT = 600e6  # bytes that a process holds on a GPU beside its tensors, about
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -126,7 +127,7 @@ def resolve_precision(recipe: Recipe) -> Recipe:
         return recipe.replace(precision="32")
     place = cache_folder() / "precision.json"
     network = json.dumps(recipe.network_parameters(), sort_keys=True)
-    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | batch {recipe.batch_size}"
+    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | batch {recipe.batch_size} | {WAYS}"
     try:
         known = json.loads(place.read_text())
     except (OSError, ValueError):

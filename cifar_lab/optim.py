@@ -47,7 +47,7 @@ class Muon(Optimizer):
 
     Args:
         parameters: what is trained; filters are those with four dimensions.
-        lr: learning rate of the filters.
+        lr: learning rate of the filters; an attribute `lr_factor` of another parameter multiplies its own.
         momentum: Nesterov momentum of the filters' gradient; that of the others is REST_MOMENTUM.
         weight_decay: L2 coefficient of the others.
         dtype: what the orthogonal matrix is computed in.
@@ -61,11 +61,20 @@ class Muon(Optimizer):
     ) -> None:
         self.dtype = dtype
         filters: list[Parameter] = []
-        others: list[Parameter] = []
+        others: dict[float, list[Parameter]] = {1.0: []}
         for parameter in parameters:
-            (filters if parameter.ndim == 4 else others).append(parameter)
-        rest = {"lr": lr * REST_LR, "momentum": REST_MOMENTUM, "weight_decay": weight_decay}
-        super().__init__([{"params": filters, "lr": lr, "momentum": momentum}, {"params": others, **rest}], {})
+            like = filters if parameter.ndim == 4 else others.setdefault(getattr(parameter, "lr_factor", 1.0), [])
+            like.append(parameter)
+        rest = [
+            {
+                "params": like,
+                "lr": lr * REST_LR * factor,
+                "momentum": REST_MOMENTUM,
+                "weight_decay": weight_decay / factor,
+            }
+            for factor, like in others.items()
+        ]
+        super().__init__([{"params": filters, "lr": lr, "momentum": momentum}, *rest], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -74,17 +83,18 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        filters, others = self.param_groups
+        filters, *rest = self.param_groups
         for parameter in filters["params"]:
             if parameter.grad is not None:
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-7))
                 direction = self._nesterov(parameter, parameter.grad, filters["momentum"])
                 moved = orthogonal(direction.flatten(1).to(self.dtype)).to(parameter.dtype)
                 parameter.sub_(moved.view_as(parameter), alpha=filters["lr"])
-        for parameter in others["params"]:
-            if parameter.grad is not None:
-                grad = parameter.grad.add(parameter, alpha=others["weight_decay"])
-                parameter.sub_(self._nesterov(parameter, grad, others["momentum"]), alpha=others["lr"])
+        for others in rest:
+            for parameter in others["params"]:
+                if parameter.grad is not None:
+                    grad = parameter.grad.add(parameter, alpha=others["weight_decay"])
+                    parameter.sub_(self._nesterov(parameter, grad, others["momentum"]), alpha=others["lr"])
         return loss
 
     def _nesterov(self, parameter: Parameter, grad: Tensor, momentum: float) -> Tensor:
@@ -121,7 +131,7 @@ def lr_factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     def factor(step: int) -> float:
         if step < warm:
             return (step + 1) / (warm + 1)
-        progress = min(1.0, (step - warm) / (total - warm))
+        progress = min(1.0, (step - warm) / max(1, total - warm))
         match recipe.schedule:
             case "step":
                 return float(DROP ** (step // (recipe.lr_step * steps_per_epoch)))

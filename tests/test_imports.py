@@ -15,10 +15,11 @@ LIBRARY = sorted((ROOT / "cifar_lab").rglob("*.py"))
 SEARCH = sorted((ROOT / "tune").rglob("*.py"))
 ARCHITECTURE_FILES = [p for p in LIBRARY if p.parent.name == "models" and p.stem != "__init__"]
 WITHOUT_LIGHTNING = [
-    p for p in LIBRARY if p.stem in ("recipe", "layers", "augment", "optim") or p.parent.name == "models"
+    p for p in LIBRARY if p.stem in ("recipe", "winograd", "layers", "augment", "optim") or p.parent.name == "models"
 ]
 ALLOWED = {
-    "layers": set(),
+    "winograd": set(),
+    "layers": {"winograd"},
     "augment": set(),
     "recipe": {"models"},
     "models": {"layers", "recipe"},

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from cifar_lab import models
 from cifar_lab.layers import (
     ACTIVATIONS,
-    FEW,
+    FEWEST,
     LEAST,
+    MOST,
     NARROW,
     SIDE_BY_SIDE,
     Activation,
@@ -57,10 +58,8 @@ def test_the_gradient_over_images_side_by_side_is_the_plain_one(
     ("side", "training", "taken"), [(NARROW, True, True), (NARROW, False, False), (NARROW + 1, True, False)]
 )
 def test_images_lie_side_by_side_only_where_that_is_faster(side: int, training: bool, taken: bool) -> None:
-    layer, images = (
-        Conv2d(16, 16, 3, padding=1, bias=False).train(training),
-        drawn(N, 16, side, side, dtype=torch.float32),
-    )
+    layer = Conv2d(16, 16, 3, padding=1, bias=False).train(training)
+    images = drawn(N, 16, side, side, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
     assert "_Conv3x3" not in type(layer(images).grad_fn).__name__, "32 bit has no need of it"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(images)
@@ -73,17 +72,19 @@ def test_images_lie_side_by_side_only_where_that_is_faster(side: int, training: 
 @pytest.mark.parametrize(
     ("taken", "fields", "side", "n"),
     [
-        (True, {}, 7, 4),
-        (True, {"bias": True}, 7, 4),
-        (True, {}, LEAST, FEW),
-        (False, {}, LEAST - 1, 4),
-        (False, {}, LEAST, FEW + 1),
-        (False, {"out_channels": 32}, 7, 4),
-        (False, {"stride": 2}, 8, 4),
-        (False, {"padding": 0}, 7, 4),
-        (False, {"padding": 2, "dilation": 2}, 7, 4),
-        (False, {"kernel_size": 1}, 7, 4),
-        (False, {"groups": 2}, 7, 4),
+        (True, {}, 7, FEWEST),
+        (True, {"bias": True}, 7, FEWEST),
+        (True, {}, LEAST, MOST),
+        (False, {}, LEAST - 1, FEWEST),
+        (False, {}, LEAST, MOST + 1),
+        (False, {}, LEAST, FEWEST - 1),
+        (False, {"out_channels": 32}, 7, FEWEST),
+        (False, {"stride": 2}, 8, FEWEST),
+        (False, {"padding": 0}, 7, FEWEST),
+        (False, {"padding": 2, "dilation": 2}, 7, FEWEST),
+        (False, {"kernel_size": 1}, 7, FEWEST),
+        (False, {"groups": 2}, 7, FEWEST),
+        (False, {"padding_mode": "reflect"}, 7, FEWEST),
     ],
     ids=str,
 )

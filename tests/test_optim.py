@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import OneCycleLR
 
+from cifar_lab.layers import quicken
 from cifar_lab.optim import (
     QUINTIC,
     REST_LR,
@@ -249,6 +250,22 @@ def test_muon_is_sgd_for_all_other_parameters() -> None:
         made.step(), sgd.step()
     for one, other in zip(ours, theirs, strict=True):
         assert torch.equal(one, other)
+
+
+def test_muon_moves_a_quickened_parameter_as_one_that_is_so_much_longer() -> None:
+    (quick,), (long,) = with_gradients([(5,)]), with_gradients([(5,)])
+    quick.data, long.data = torch.ones(5), torch.ones(5) / 3  # whose gradient is 3 times that of `quick`
+    made, plain = muon([quicken(quick, 9.0)]), muon([long])
+    for step in range(3):
+        quick.grad = torch.randn(5, generator=torch.Generator().manual_seed(step))
+        long.grad = 3 * quick.grad
+        made.step(), plain.step()
+    torch.testing.assert_close(quick, 3 * long)
+
+
+def test_a_warm_up_as_long_as_the_run_comes_to_an_end() -> None:
+    factor = lr_factor(Recipe(max_epochs=1, warmup_epochs=0.6), 1)
+    assert [factor(0), factor(1)] == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(

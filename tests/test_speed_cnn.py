@@ -16,7 +16,8 @@ from cifar_lab.data import CIFAR10DataModule
 from cifar_lab.fit import fit, read_checkpoint
 from cifar_lab.layers import memory_format
 from cifar_lab.models import build
-from cifar_lab.models.speed_cnn import BIAS_GAIN, DIRECTIONS, PATCH, WHITENING_EPS, BatchNorm, SpeedCNN, convolution
+from cifar_lab.models.speed_cnn import BIAS_LR, DIRECTIONS, PATCH, WHITENING_EPS, BatchNorm, SpeedCNN, convolution
+from cifar_lab.optim import optimizer
 from cifar_lab.recipe import Recipe
 
 SMALL: dict[str, Any] = {
@@ -97,6 +98,16 @@ def test_a_resumed_training_does_not_whiten_again(tmp_path: Path, monkeypatch: p
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def test_its_biases_alone_are_quickened() -> None:
+    network = make().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    filters, head, biases = optimizer(Recipe(**SMALL), network.parameters()).param_groups
+    assert [p.shape for p in head["params"]] == [(10, 16)]
+    assert all(p.ndim == 4 for p in filters["params"]) and len(filters["params"]) == 6
+    assert all(p.ndim == 1 for p in biases["params"]) and len(biases["params"]) == 7
+    assert biases["lr"] == pytest.approx(head["lr"] * BIAS_LR)
+    assert biases["lr"] * biases["weight_decay"] == pytest.approx(head["lr"] * head["weight_decay"])
+
+
 def test_it_learns_digits(tmp_path: Path) -> None:
     learning = {"widths": "32,32,32", "flip": "none", "limit_train": 500, "batch_size": 50, "accumulate": 1}
     run = fit(Recipe(**{**SMALL, **learning, "max_epochs": 5}), tmp_path)
@@ -107,10 +118,9 @@ def test_batch_norm_has_a_bias_and_no_scale() -> None:
     layers = [layer for layer in make().modules() if isinstance(layer, nn.BatchNorm2d)]
     assert len(layers) == 6 and all(isinstance(layer, BatchNorm) for layer in layers)
     layer, images = BatchNorm(3), smooth(8)
-    bias = torch.tensor([0.5, -1.0, 2.0])
-    layer.bias.data = bias / BIAS_GAIN
+    layer.bias.data = torch.tensor([0.5, -1.0, 2.0])
     out = layer(images)
-    torch.testing.assert_close(out.mean((0, 2, 3)), bias, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.mean((0, 2, 3)), layer.bias.data, rtol=0, atol=1e-5)
     torch.testing.assert_close(out.var((0, 2, 3)), torch.ones(3), rtol=0, atol=1e-3)
     assert [name for name, _ in layer.named_parameters()] == ["bias"]
 

@@ -135,7 +135,7 @@ SPACES: dict[str, Space] = {
             "lr": LogUniform(3e-2, 5e-1),
             "momentum": Choice(0.6, 0.8, 0.9),
             "weight_decay": LogUniform(2e-2, 1.0),
-            "accumulate": Choice(2, 4, 8),
+            "accumulate": Choice(1, 2, 4, 8),
             "label_smoothing": Choice(0.0, 0.1, 0.2),
         }
     ),

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cifar_lab.layers import ACTIVATIONS, Activation, Conv2d, Network
+from cifar_lab.layers import ACTIVATIONS, Activation, Conv2d, Network, quicken
 
 __all__ = ["SpeedCNN"]
 
@@ -17,20 +17,18 @@ PATCH = 2  # pixels
 DIRECTIONS = 3 * PATCH**2
 WHITENING_EPS = 5e-4  # variance that a direction is taken to have besides its own
 NORM_MOMENTUM = 0.2  # share of a batch in the running statistics: few steps are trained
-BIAS_GAIN = 72  # a bias is its parameter times this: at one lr for all, SGD moves it 72 * 72 times as far
-HEAD_SPAN = 3**0.5 / 256  # of its first weights: a standard deviation of 1/256
+BIAS_LR = 72**2  # of the biases over that of the head, under muon; airbench94_muon's .053 and .67 / 256**2
+# Of the head's first weights: a standard deviation of 1/256 at any width, for the biases' rate wants logits that begin
+# small; with 1/32 for a width of 32, as airbench's scale would have it, a training diverges.
+HEAD_SPAN = 3**0.5 / 256
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm with a bias, BIAS_GAIN times its parameter, and without a scale."""
+    """Batch norm with a bias and without a scale."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, momentum=NORM_MOMENTUM, affine=False)
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias * BIAS_GAIN
-        return F.batch_norm(x, self.running_mean, self.running_var, None, bias, self.training, NORM_MOMENTUM, self.eps)
+        self.bias = quicken(nn.Parameter(torch.zeros(channels)), BIAS_LR)
 
 
 def convolution(channels: int, out: int) -> Conv2d:
@@ -71,10 +69,13 @@ class SpeedCNN(Network):
         depth: convolutions of a group; with 3 the last two are a residual block.
         activation: non-linearity.
 
-    Source: Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498) and airbench94_muon,
-    whose rates for biases and head are here a gain and a scale; with widths 128,384,512 and depth 3, airbench96; after
-    Page 2018 (whitening) and tysam-code's hlb-CIFAR10. Deviations: a step's 2,000 images are eight batches, each with
-    its own batch norm, which fit a CPU's cache; the bias of the whitening is trained to the end, not for 3 epochs of 8.
+    The defaults are for tens of thousands of images; with fewer than 20,000 take a smaller `accumulate`.
+
+    Source: Jordan 2024, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU" (arXiv 2404.00498) and airbench94_muon; with
+    widths 128,384,512 and depth 3 the network of airbench96; after Page 2018 (whitening) and tysam-code's hlb-CIFAR10.
+    Deviations: a step's 2,000 images are eight batches, each with its own batch norm, which fit a CPU's cache, and
+    running statistics that follow them faster; an epoch's last step may have fewer. The bias of the whitening is
+    trained to the end, not for 3 epochs of 8; the patches' covariance is about their mean.
     """
 
     RECIPE = {
@@ -104,8 +105,8 @@ class SpeedCNN(Network):
         # Until `start` has seen images its directions are random ones.
         directions = nn.init.orthogonal_(torch.empty(DIRECTIONS, 3 * PATCH**2)).view(-1, 3, PATCH, PATCH)
         self.register_buffer("whitening", torch.cat([directions, -directions]))
-        limit = DIRECTIONS**-0.5 / BIAS_GAIN  # PyTorch's own for a bias, for a layer of that many inputs
-        self.whitening_bias = nn.Parameter(torch.empty(2 * DIRECTIONS).uniform_(-limit, limit))
+        limit = DIRECTIONS**-0.5  # PyTorch's own for a bias, for a layer of that many inputs
+        self.whitening_bias = quicken(nn.Parameter(torch.empty(2 * DIRECTIONS).uniform_(-limit, limit)), BIAS_LR)
         self.activation = act()
         self.groups = nn.Sequential()
         channels = 2 * DIRECTIONS
@@ -123,6 +124,6 @@ class SpeedCNN(Network):
         self.whitening.copy_(torch.cat([scaled, -scaled]).view_as(self.whitening))
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = self.activation(F.conv2d(images, self.whitening, self.whitening_bias * BIAS_GAIN))
+        patches = self.activation(F.conv2d(images, self.whitening, self.whitening_bias))
         logits: Tensor = self.head(self.groups(patches).flatten(1))
         return logits
