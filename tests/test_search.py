@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
-from cifar_lab.evaluate import t_interval, wilson
+from cifar_lab.evaluate import accuracy_interval, wilson
 from cifar_lab.files import sha256
 from cifar_lab.fit import CURVE_COLUMNS, Row
 from tune import campaign
@@ -178,7 +178,7 @@ def test_the_winner_has_the_highest_mean_val_acc_and_only_its_checkpoints_were_t
     assert len(best["test_acc_seeds"]) == 2 and best["test_acc"] in best["test_acc_seeds"]
     assert best["recipe"]["seed"] == best["seed"]
     assert best["sha256"] == sha256(folder / best["checkpoint"])
-    low, high = t_interval(best["test_acc_seeds"])
+    low, high = accuracy_interval(best["test_acc_seeds"])
     mean = sum(best["test_acc_seeds"]) / 2
     headline = f"Test accuracy {mean:.2%} ({low:.2%} to {high:.2%}, t 95%, 2 seeds, n = 360)."
     assert headline in " ".join(done.stdout.split()) and headline in (folder / "report.html").read_text()
