@@ -178,9 +178,10 @@ def view(images: Tensor, mirrored: bool, shift: int) -> Tensor:
     """Images (N, 3, H, W) shifted down and right by `shift` pixels, what is missing reflected, then mirrored or not."""
     from cifar_lab.augment import reflected
 
-    height, width = images.shape[2:]
-    first = abs(shift) - shift
-    images = reflected(images, abs(shift))[:, :, first : first + height, first : first + width]
+    if shift:
+        height, width = images.shape[2:]
+        first = abs(shift) - shift
+        images = reflected(images, abs(shift))[:, :, first : first + height, first : first + width]
     return images.flip(-1) if mirrored else images
 
 
