@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import inspect
 import json
 import os
 import platform
@@ -11,17 +12,18 @@ import statistics
 import time
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from cifar_lab.files import cache_folder, write_json
+from cifar_lab import layers, winograd
+from cifar_lab.files import cache_folder, sha256, write_json
 from cifar_lab.layers import memory_format
-from cifar_lab.models import build
+from cifar_lab.models import build, network_class
 from cifar_lab.recipe import Recipe
 
 REPEATS = 5
-WAYS = 2  # of convolving, see layers.Conv2d; one more with each change there, and a precision is measured anew
 CUDA_CONTEXT = 600e6  # bytes that a process holds on a GPU beside its tensors, about
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 
@@ -119,7 +121,7 @@ def computes(precision: str) -> bool:
 def resolve_precision(recipe: Recipe) -> Recipe:
     """The recipe with `precision` measured where it is "auto": the faster of 32 and bf16 for this architecture, here.
 
-    The answer is kept in the cache, a line a processor, torch version and network.
+    The answer is kept in the cache, a line a processor, torch version and network, until their code changes.
     """
     if recipe.precision != "auto":
         return recipe
@@ -127,7 +129,9 @@ def resolve_precision(recipe: Recipe) -> Recipe:
         return recipe.replace(precision="32")
     place = cache_folder() / "precision.json"
     network = json.dumps(recipe.network_parameters(), sort_keys=True)
-    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | batch {recipe.batch_size} | {WAYS}"
+    files = (layers.__file__, winograd.__file__, inspect.getfile(network_class(recipe.arch)))
+    code = " ".join(sha256(Path(file))[:8] for file in files)
+    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | batch {recipe.batch_size} | {code}"
     try:
         known = json.loads(place.read_text())
     except (OSError, ValueError):
@@ -144,7 +148,14 @@ def resolve_precision(recipe: Recipe) -> Recipe:
     return recipe.replace(precision=known[key])
 
 
-def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, threads: int | None = None) -> float:
+def step_seconds(
+    recipe: Recipe,
+    precision: str,
+    *,
+    batch: int | None = None,
+    threads: int | None = None,
+    repeats: int = REPEATS,
+) -> float:
     """Median seconds of a forward and backward pass of the recipe's network over one batch of noise.
 
     Args:
@@ -152,6 +163,7 @@ def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, th
         precision: 32 or bf16.
         batch: images, the recipe's batch size where unset.
         threads: CPU threads, as many as PyTorch takes where unset.
+        repeats: passes, after a first one that does not count.
     """
     here, batch = device(), batch or recipe.batch_size
     with threads_limited(threads):
@@ -161,7 +173,7 @@ def step_seconds(recipe: Recipe, precision: str, *, batch: int | None = None, th
         network = network.to(memory_format=layout)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=layout)
         seconds = []
-        for _ in range(REPEATS + 1):
+        for _ in range(repeats + 1):
             start = time.perf_counter()
             with torch.autocast(here.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
                 logits = network(images)

@@ -11,7 +11,7 @@ from cifar_lab.recipe import Recipe
 from tune.scheduler import Rungs
 from tune.space import Choice, Domain
 
-MEASURED_BATCH = 16
+MEASURED_STEPS = 2
 PLAYED = 30  # simulated searches behind an estimate
 OPTIMIZER_COPIES = {"sgd": 1, "adam": 2, "adamw": 2, "muon": 1}
 
@@ -43,12 +43,14 @@ def sizes(base: Recipe, space: dict[str, Domain]) -> list[Recipe]:
 
 def seconds_per_image(recipes: Sequence[Recipe], threads: int) -> float:
     """Mean seconds that a training step costs an image, on `threads` threads, from a few small batches of noise."""
+    from cifar_lab.layers import FEWEST
     from cifar_lab.machine import settle, step_seconds
 
     settle()
-    return sum(step_seconds(r, r.precision, batch=MEASURED_BATCH, threads=threads) for r in recipes) / (
-        MEASURED_BATCH * len(recipes)
-    )
+    # Few images, yet so many that a convolution goes the way that it goes in a training.
+    batch = min(FEWEST, recipes[0].batch_size)
+    steps = (step_seconds(r, r.precision, batch=batch, threads=threads, repeats=MEASURED_STEPS) for r in recipes)
+    return sum(steps) / (batch * len(recipes))
 
 
 def record_bytes(trials: int, max_epochs: int) -> int:
