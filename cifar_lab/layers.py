@@ -48,7 +48,7 @@ def memory_format(network: Network) -> torch.memory_format:
 
     With channels that do not fill a vector register the CPU's kernels for channels_last corrupt memory: a ResNet of
     width 4 crashes (torch 2.15, AVX2). 16 floats fill the widest register. The 24 channels of `speed_cnn`'s whitening,
-    which is no layer, are those of its record; they were seen to be safe.
+    which is no layer, are those of its record: seen to be safe in fp32 on AVX2, which they fill, and in bf16 on AMX.
     """
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     full = all(layer.out_channels % 16 == 0 for layer in convolutions)
@@ -103,10 +103,10 @@ class Conv2d(nn.Conv2d):
     """PyTorch's convolution, trained faster on a CPU where it is 3x3 of stride 1 and keeps the size of the map.
 
     In fp32 `Winograd` multiplies less, and gains where channels are many: its own work grows with their sum, what it
-    saves with their product. It keeps the tiles, 2.25 times its input, for the backward pass. In bf16 on a CPU with AMX
-    the gradient of the weights is a product over the pixels of one row of the map, of which 32 fill a tile: on maps of
-    8 pixels or less most of it is empty. There a row is that of several images: with 256 channels 2 times faster at
-    7x7, 5 times at 3x3 (torch 2.15).
+    saves with their product. For the backward pass it keeps four times its weights, and the tiles: 2.25 times its
+    input, up to 4 times where a side is no multiple of 4. In bf16 on a CPU with AMX the gradient of the weights is a
+    product over the pixels of one row of the map, of which 32 fill a tile: on maps of 8 pixels or less most of it is
+    empty. There a row is that of several images: with 256 channels 2 times faster at 7x7, 5 times at 3x3 (torch 2.15).
     """
 
     def __init__(self, *args: Any, **fields: Any) -> None:
@@ -118,14 +118,14 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         out: Tensor
-        if self.plain and self.training and x.device.type == "cpu" and lies_last(x):
+        if self.plain and self.many and self.training and x.device.type == "cpu" and lies_last(x):
             side = x.shape[3]
             if torch.is_autocast_enabled("cpu"):
-                if side <= NARROW:
+                if side <= NARROW and bias is None:
                     dtype = torch.get_autocast_dtype("cpu")
                     out = _Conv3x3.apply(x.to(dtype), weight.to(dtype))
-                    return out if bias is None else out + bias.to(dtype)[:, None, None]
-            elif self.many and x.dtype == torch.float32 and side >= LEAST and FEWEST <= len(x) <= MOST:
+                    return out
+            elif x.dtype == torch.float32 and side >= LEAST and FEWEST <= len(x) <= MOST:
                 out = Winograd.apply(x, weight)
                 return out if bias is None else out + bias[:, None, None]
         out = super()._conv_forward(x, weight, bias)

@@ -55,11 +55,14 @@ def test_the_gradient_over_images_side_by_side_is_the_plain_one(
 
 
 @pytest.mark.parametrize(
-    ("side", "training", "taken"), [(NARROW, True, True), (NARROW, False, False), (NARROW + 1, True, False)]
+    ("side", "channels", "training", "taken"),
+    [(NARROW, 64, True, True), (NARROW, 64, False, False), (NARROW + 1, 64, True, False), (NARROW, 48, True, False)],
 )
-def test_images_lie_side_by_side_only_where_that_is_faster(side: int, training: bool, taken: bool) -> None:
-    layer = Conv2d(16, 16, 3, padding=1, bias=False).train(training)
-    images = drawn(N, 16, side, side, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+def test_images_lie_side_by_side_only_where_that_is_faster(
+    side: int, channels: int, training: bool, taken: bool
+) -> None:
+    layer = Conv2d(channels, channels, 3, padding=1, bias=False).train(training)
+    images = drawn(N, channels, side, side, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
     assert "_Conv3x3" not in type(layer(images).grad_fn).__name__, "32 bit has no need of it"
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(images)
