@@ -95,7 +95,7 @@ class ImageClassifier(pl.LightningModule):
         self.train_hits.zero_()
         self.train_images = 0
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int = 0) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         inputs, targets, main = self._mixed(self.normalise(images), labels)
         logits = self.network(inputs).float()
@@ -135,9 +135,9 @@ class ImageClassifier(pl.LightningModule):
         if self.recipe.agc:
             optim.clip_adaptively(self.clipped, self.recipe.agc)
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        stepped = (batch_idx + 1) % self.recipe.accumulate == 0 or self.trainer.is_last_batch
-        if self.averaged is not None and stepped:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.averaged is not None:
             self.averaged.update_parameters(self.network)
 
     def on_validation_epoch_start(self) -> None:

@@ -83,7 +83,7 @@ class GradientWatch(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, ImageClassifier)
-        together = trainer.accumulate_grad_batches
+        together = pl_module.recipe.accumulate
         self.looks = sampled(batch_idx // together, math.ceil(trainer.num_training_batches / together))
         self.uses.clear()
         if self.looks:

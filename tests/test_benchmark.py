@@ -81,10 +81,10 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_what_lightning_costs_shows(monkeypatch: pytest.MonkeyPatch, steps: list[str]) -> None:
     plain = ImageClassifier.training_step
 
-    def slow(self: ImageClassifier, batch: Any) -> Any:
+    def slow(self: ImageClassifier, batch: Any, batch_idx: int) -> Any:
         steps.append("fit")
         time.sleep(0.1)
-        return plain(self, batch)
+        return plain(self, batch, batch_idx)
 
     monkeypatch.setattr(ImageClassifier, "training_step", slow)
     recipe = Recipe(arch="classic_cnn", batch_size=16, precision="32")

@@ -401,7 +401,7 @@ def test_label_smoothing_is_that_of_a_slow_reference_and_leaves_validation_alone
     mixed: list[Any] = []
     mix = model._mixed
     monkeypatch.setattr(model, "_mixed", lambda *args: mixed.append(mix(*args)) or mixed[-1])
-    loss = model.training_step((images, labels))
+    loss = model.training_step((images, labels), 0)
     inputs, targets, _ = mixed.pop()
     shares = [{int(t): 1.0} if t.ndim == 0 else dict(enumerate(t.tolist())) for t in targets]
     assert bool(mixing) == any(0.01 < share < 0.99 for own in shares for share in own.values())
