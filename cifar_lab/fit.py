@@ -30,6 +30,7 @@ from cifar_lab.recipe import InputError, Recipe
 Row = dict[str, float]
 Record = dict[str, Any]
 CURVE_COLUMNS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds")
+FEW_STEPS = 50
 TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -274,6 +275,18 @@ def prepare(recipe: Recipe) -> CIFAR10DataModule:
     data = CIFAR10DataModule(recipe)
     begin(build(recipe, len(data.classes)), data)
     return data
+
+
+def shortage(recipe: Recipe, images: int) -> str:
+    """A note where accumulated batches leave too few steps to learn by, of so many training images; else empty."""
+    batches = math.ceil(images / recipe.batch_size)
+    steps = math.ceil(batches / recipe.accumulate) * recipe.max_epochs
+    if recipe.accumulate == 1 or steps >= FEW_STEPS:
+        return ""
+    return (
+        f"Note: this training has only {steps} steps: {batches} batches an epoch, {recipe.accumulate} to a step. "
+        "A smaller --accumulate makes more."
+    )
 
 
 def begin(network: Network, data: CIFAR10DataModule) -> None:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> int:
     from cifar_lab import machine
     from cifar_lab.board import Board
     from cifar_lab.files import write_csv, write_json
-    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, newest, prepare, recorded
+    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, newest, prepare, recorded, shortage
     from cifar_lab.gradients import GradientWatch
     from cifar_lab.report import headline, write_report
 
@@ -81,6 +81,8 @@ def main(argv: Sequence[str]) -> int:
     command = cli.command("cifar_lab.train", words)
     again = cli.resume_line(command)
     board = Board(folder / "tensorboard", recipe, name)
+    if (note := shortage(recipe, len(data.train_indices))) and not on["quiet"]:
+        print(cli.paragraph(note), flush=True)
 
     def on_epoch(row: Row) -> None:
         rows.append(row)

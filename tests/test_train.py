@@ -22,7 +22,18 @@ from cifar_lab.classifier import ImageClassifier, macro_f1
 from cifar_lab.cli import exit_status
 from cifar_lab.data import CIFAR10DataModule, DataError
 from cifar_lab.evaluate import main as evaluate_command
-from cifar_lab.fit import CURVE_COLUMNS, CheckpointError, Row, Run, difference, ended_run, fit, read_checkpoint
+from cifar_lab.fit import (
+    CURVE_COLUMNS,
+    FEW_STEPS,
+    CheckpointError,
+    Row,
+    Run,
+    difference,
+    ended_run,
+    fit,
+    read_checkpoint,
+    shortage,
+)
 from cifar_lab.recipe import InputError, Recipe
 from cifar_lab.train import main as train_command
 
@@ -166,7 +177,9 @@ def test_without_validation_every_image_is_trained_on(tmp_path: Path, monkeypatc
     sizes: list[int] = []
     plain = ImageClassifier.training_step
     monkeypatch.setattr(
-        ImageClassifier, "training_step", lambda self, batch: sizes.append(len(batch[1])) or plain(self, batch)
+        ImageClassifier,
+        "training_step",
+        lambda self, batch, batch_idx: sizes.append(len(batch[1])) or plain(self, batch, batch_idx),
     )
     fit(asked, tmp_path)
     assert sizes == [500, 500, 437]
@@ -226,6 +239,20 @@ def test_batches_that_make_a_step_together_are_one_batch(tmp_path: Path, optimiz
     one, other = (weights(tmp_path / name, "last.ckpt") for name in ("whole", "parts"))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "images", "epochs", "said"),
+    [
+        (8, 360, 8, "only 24 steps: 23 batches an epoch, 8 to a step. A smaller --accumulate"),
+        (2, 16 * 2 * (FEW_STEPS - 1), 1, f"only {FEW_STEPS - 1} steps"),
+        (2, 16 * 2 * FEW_STEPS, 1, None),
+        (1, 16, 1, None),
+    ],
+)
+def test_too_few_steps_are_said(accumulate: int, images: int, epochs: int, said: str | None) -> None:
+    note = shortage(recipe(batch_size=16, accumulate=accumulate, max_epochs=epochs), images)
+    assert said in note if said else note == ""
 
 
 def test_a_plateau_drops_the_lr_at_all(tmp_path: Path) -> None:
@@ -316,8 +343,8 @@ def test_a_diverged_run_ends_and_is_marked(tmp_path: Path) -> None:
 def test_a_diverged_run_keeps_its_earlier_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = ImageClassifier.training_step
 
-    def worse(self: ImageClassifier, batch: Any) -> Any:
-        return plain(self, batch) * (math.nan if self.current_epoch == 2 else 1)
+    def worse(self: ImageClassifier, batch: Any, batch_idx: int) -> Any:
+        return plain(self, batch, batch_idx) * (math.nan if self.current_epoch == 2 else 1)
 
     monkeypatch.setattr(ImageClassifier, "training_step", worse)
     kept: list[dict[str, torch.Tensor]] = []

@@ -20,7 +20,7 @@ from cifar_lab.board import Board
 from cifar_lab.data import decoded
 from cifar_lab.evaluate import check_test_set
 from cifar_lab.files import size, unwritable, write_json
-from cifar_lab.fit import Row, finite
+from cifar_lab.fit import Row, finite, shortage
 from cifar_lab.recipe import InputError, Recipe
 from tune import resources, storage
 from tune.cluster import Job, alive, blind, cluster, on_a_worker, run_jobs, shipped
@@ -127,6 +127,10 @@ class Campaign(ABC, Generic[Q]):
                     self.take_up()
                     self.experiment.reopen()
                     self.say(self.plan())
+                    recipes = map(self.question.recipe, self.experiment.trials)
+                    notes = [shortage(recipe, len(self.data.train_indices)) for recipe in recipes]
+                    if all(notes):
+                        self.say(notes[0])
                     if joined.dashboard:
                         ray = os.path.relpath(Path(sys.executable).with_name("ray"))
                         self.say(f"Dashboard: http://{joined.dashboard} (its token: {ray} get-auth-token)")
