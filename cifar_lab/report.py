@@ -70,16 +70,26 @@ def study_section(best: dict[str, Any]) -> list[Section]:
     """Published against ours, where the run reproduces a study."""
     if "study" not in best:
         return []
+    figures = best["study"]["figures"]
+    remarks, common = apart([f["reason"] for f in figures])
     rows = [
         (
             f["metric"],
             *("" if f[name] is None else f"{f[name]:.4f}" for name in ("published", "ours")),
             "" if f["low"] is None else f"{f['low']:.4f} to {f['high']:.4f}",
-            f["reason"],
+            own,
         )
-        for f in best["study"]["figures"]
+        for f, own in zip(figures, remarks, strict=True)
     ]
-    return [section("Published against ours", table(rows, ("metric", "published", "ours", "95% interval", "remarks")))]
+    columns = ("metric", "published", "ours", "95% interval", "remarks")
+    return [section("Published against ours", table(rows, columns), note(f"All: {common}.") if common else "")]
+
+
+def apart(reasons: Sequence[str]) -> tuple[list[str], str]:
+    """The remarks of each figure of a study that are its own, and those that all of its figures have."""
+    remarks = [reason.split("; ") for reason in reasons]
+    common = [remark for remark in remarks[0] if remark and all(remark in others for others in remarks)]
+    return ["; ".join(remark for remark in own if remark not in common) for own in remarks], "; ".join(common)
 
 
 def is_cifar10(classes: Iterable[str]) -> bool:

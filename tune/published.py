@@ -53,6 +53,8 @@ def by_run(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
 
 def render(folder: Path) -> None:
     """Write README.md from published.csv: a table a report, then how each of its studies was run."""
+    from cifar_lab.report import apart
+
     parts = [INTRODUCTION]
     for report, of_report in groupby(read_csv(folder / "published.csv"), key=lambda row: row["study"].split("-")[0]):
         parts.append(f"## {report.capitalize()}\n")
@@ -61,23 +63,20 @@ def render(folder: Path) -> None:
         runs = []
         for (study, variant), found in groupby(of_report, key=lambda row: (row["study"], row["variant"])):
             rows = list(found)
-            remarks = [row["reason"].split("; ") for row in rows]
-            common = [remark for remark in remarks[0] if remark and all(remark in others for others in remarks)]
+            remarks, common = apart([row["reason"] for row in rows])
             name, place = f"{study}, {variant}", f"{study}/{variant}"
             label = f"[{name}]({place})" if (folder / place).is_dir() else name
             for row, own in zip(rows, remarks, strict=True):
                 metric = row["metric"]
                 interval = f"{shown(metric, row['low'])} to {shown(metric, row['high'])}" if row["low"] else ""
-                cells = (
-                    label, metric, shown(metric, row["published"]), shown(metric, row["ours"]), interval, row["n"],
-                    "; ".join(remark for remark in own if remark not in common),
-                )  # fmt: skip
+                figures = shown(metric, row["published"]), shown(metric, row["ours"])
+                cells = label, metric, *figures, interval, row["n"], own
                 parts.append(f"| {' | '.join(cells)} |")
             ran = next((row for row in rows if row["ours"]), None)
             how = ""
             if ran:
                 how = f"{ran['scale']}; seed {ran['seed']}; {ran['hardware']}; `{ran['command']}`; "
-            runs.append(f"- **{name}**: {how}{'; '.join(common)}".rstrip("; ").rstrip(": "))
+            runs.append(f"- **{name}**: {how}{common}".rstrip("; ").rstrip(": "))
         parts += ["", *runs, ""]
     write_atomically(folder / "README.md", "\n".join(parts))
 
