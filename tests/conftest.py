@@ -21,6 +21,10 @@ from cifar_lab.recipe import Recipe, RecipeError
 # More threads spin while they wait for each other: on a busy machine that is a hundred times slower, not faster.
 torch.set_num_threads(1)
 GIVEN_DATA = os.environ.get("CIFAR_LAB_DATA")
+# The runs that are in git; a user's own lie in results/runs.
+COMMITTED = sorted(
+    file for file in (Path(__file__).parents[1] / "results").glob("*/*/best.json") if file.parts[-3] != "runs"
+)
 NARROW: dict[str, dict[str, Any]] = {
     "resnet": {"width": 8},
     "nf_resnet": {"width": 8},

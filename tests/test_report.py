@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import COMMITTED
 from matplotlib.colors import to_rgb
 from scipy import stats
 from sklearn.calibration import calibration_curve
@@ -326,7 +327,7 @@ def test_a_limit_on_the_training_images_shows_beside_the_headline() -> None:
 BATCH, WATCHED, FOLDS = (
     RESULTS / name for name in ("002-batch/corrected", "002-test/as_reported", "000-kfold/corrected")
 )
-STUDIES = sorted(p.parent for p in RESULTS.glob("*/*/best.json") if "study" in read_json(p))
+STUDIES = [file.parent for file in COMMITTED]
 
 
 @pytest.fixture(scope="module", params=[BATCH, WATCHED, FOLDS], ids=lambda folder: "/".join(folder.parts[-2:]))

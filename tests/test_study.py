@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from conftest import COMMITTED
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from cifar_lab.evaluate import wilson
@@ -428,9 +429,6 @@ def test_a_diverged_setting_has_no_test_figure_and_says_why(tmp_path: Path) -> N
 
 
 # What is committed
-
-
-COMMITTED = sorted((ROOT / "results").glob("*/*/best.json"))
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda file: "-".join(file.parts[-3:-1]))
