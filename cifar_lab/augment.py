@@ -61,6 +61,11 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
     return turned if images.is_floating_point() else turned.round_().to(torch.int16).to(images.dtype)
 
 
+def shrink(images: Tensor, side: int) -> Tensor:
+    """Images, float, resized to side x side pixels: bilinear, each new pixel a mean over all the old ones it covers."""
+    return F.interpolate(images, size=(side, side), mode="bilinear", antialias=True)
+
+
 def cutout(images: Tensor, y: Tensor, x: Tensor, side: int, fill: Tensor) -> Tensor:
     """Fill a square of `side` pixels centred on (y, x), (N,) int64, clipped at the border, with `fill`, (C,).
 

@@ -91,13 +91,17 @@ class ImageClassifier(pl.LightningModule):
     def on_train_epoch_start(self) -> None:
         # Dropout and mixing draw from the global generator: a function of (seed, epoch) too.
         torch.manual_seed(epoch_seed(self.recipe.seed ^ 0xD20, self.current_epoch))
+        self.network.begin_epoch(self.current_epoch)
         self.train_loss_sum.zero_()
         self.train_hits.zero_()
         self.train_images = 0
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
-        inputs, targets, main = self._mixed(self.normalise(images), labels)
+        inputs = self.normalise(images)
+        if self.current_epoch < self.recipe.small_epochs:
+            inputs = augment.shrink(inputs, self.recipe.small_side)
+        inputs, targets, main = self._mixed(inputs, labels)
         logits = self.network(inputs).float()
         if targets.ndim == 2:  # a network may have outputs that no class uses
             targets = F.pad(targets, (0, logits.shape[1] - targets.shape[1]))

@@ -42,6 +42,9 @@ class Network(nn.Module):
             WeightsError: what it should begin from cannot be had.
         """
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Called before each epoch of a training, counted from 0; also of one that goes on from a checkpoint."""
+
 
 def memory_format(network: Network) -> torch.memory_format:
     """channels_last for a network that gains by it, where that is safe; contiguous otherwise.

@@ -153,6 +153,7 @@ def step_seconds(
     precision: str,
     *,
     batch: int | None = None,
+    side: int = 32,
     threads: int | None = None,
     repeats: int = REPEATS,
 ) -> float:
@@ -162,13 +163,14 @@ def step_seconds(
         recipe: whose network.
         precision: 32 or bf16.
         batch: images, the recipe's batch size where unset.
+        side: pixels of an image's side.
         threads: CPU threads, as many as PyTorch takes where unset.
         repeats: passes, after a first one that does not count.
     """
     here, batch = device(), batch or recipe.batch_size
     with threads_limited(threads):
         network = build(recipe, 10).to(here)
-        images, labels = torch.rand(batch, 3, 32, 32, device=here), torch.randint(10, (batch,), device=here)
+        images, labels = torch.rand(batch, 3, side, side, device=here), torch.randint(10, (batch,), device=here)
         layout = memory_format(network)
         network = network.to(memory_format=layout)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=layout)

@@ -73,6 +73,9 @@ class Recipe:
         rotate: largest random rotation, degrees.
         cutout: side of the square that is blanked, pixels.
         cutout_fill: what the square shows, mean (the mean color) or black.
+        small_share: progressive resizing: share of the epochs, the first ones, that train on images shrunk to
+            small_side; 0 is off. For networks that take images of several sizes.
+        small_side: side of a shrunk image, pixels.
         mixup: alpha of the Beta distribution that mixes pairs of images and labels; 0 is off.
         cutmix: alpha of the Beta distribution of the area pasted from another image, labels in proportion; 0 is off.
         label_smoothing: share of the target spread evenly over the classes.
@@ -116,6 +119,8 @@ class Recipe:
     rotate: float = dial(0.0, "0 to 180 degrees", lambda v: 0 <= v <= 180)
     cutout: int = dial(0, "0 to 32 pixels", lambda v: 0 <= v <= 32)
     cutout_fill: Literal["mean", "black"] = "mean"
+    small_share: float = _fraction(0.0)
+    small_side: int = dial(20, "8 to 32 pixels", lambda v: 8 <= v <= 32)
     mixup: float = at_least(0, 0.0)
     cutmix: float = at_least(0, 0.0)
     label_smoothing: float = _fraction(0.0)
@@ -175,8 +180,18 @@ class Recipe:
             raise RecipeError(f"mixup: {self.mixup} and cutmix: {self.cutmix}; only one of them may be above 0.")
         if self.warmup_epochs and self.schedule == "onecycle":
             raise RecipeError(f"warmup_epochs: {self.warmup_epochs}; schedule=onecycle has its own warm-up; legal: 0.")
+        if self.small_share:
+            self._check_small()
         if self.warmup_epochs >= self.max_epochs:
             raise RecipeError(f"warmup_epochs: {self.warmup_epochs}; legal: less than max_epochs, {self.max_epochs}.")
+
+    def _check_small(self) -> None:
+        own = self.network_parameters()
+        if not models.takes(self.arch, self.small_side, **own):
+            sides = [side for side in range(8, 33) if models.takes(self.arch, side, **own)]
+            if len(sides) == 1:
+                raise RecipeError(f"small_share: {self.small_share}; {self.arch} takes images of 32x32 only. Legal: 0.")
+            raise RecipeError(f"small_side: {self.small_side}. Legal: {sides[0]} to 32 for this {self.arch}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.to_dict(),)
@@ -196,6 +211,11 @@ class Recipe:
     def validated(self) -> bool:
         """Whether images are held out for validation."""
         return self.folds is not None or self.val_fraction > 0
+
+    @property
+    def small_epochs(self) -> int:
+        """How many epochs, the first ones, train on shrunk images."""
+        return int(self.small_share * self.max_epochs + 1e-9)
 
     def network_parameters(self) -> dict[str, Any]:
         """The fields which the architecture itself declares: what its network is made from."""

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
+from PIL import Image
 from torch import Generator, Tensor
 
 from cifar_lab import augment
@@ -69,6 +70,17 @@ def test_rotate_is_torchvisions_bilinear_one(width: int) -> None:
 def test_rotate_turns_counter_clockwise() -> None:
     images = batch()
     assert torch.equal(augment.rotate(images, torch.full((N,), 90.0)), images.rot90(1, (2, 3)))
+
+
+@pytest.mark.parametrize("side", [8, 20, 31, 32])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_shrink_is_pillows_bilinear_resizing(side: int, layout: torch.memory_format) -> None:
+    images = batch().float()
+    out = augment.shrink(images.contiguous(memory_format=layout), side)
+    assert out.shape == (N, 3, side, side) and out.is_contiguous(memory_format=layout)
+    for i, channel in itertools.product(range(N), range(3)):
+        slow = Image.fromarray(images[i, channel].numpy()).resize((side, side), Image.Resampling.BILINEAR)
+        np.testing.assert_allclose(out[i, channel], np.asarray(slow), rtol=0, atol=0.01)
 
 
 def test_cutout_fills_a_square_clipped_at_the_border() -> None:

@@ -36,6 +36,8 @@ OUT_OF_RANGE: dict[str, list[Any]] = {
     "crop": [-1, 17],
     "rotate": [-1.0, 181.0],
     "cutout": [-1, 33],
+    "small_share": [-0.1, 1.0],
+    "small_side": [7, 33],
     "mixup": [-0.1],
     "cutmix": [-0.1],
     "label_smoothing": [-0.1, 1.0],
@@ -116,8 +118,9 @@ def test_a_number_refuses_what_is_none(name: str, value: Any) -> None:
 @pytest.mark.parametrize("name", [name for name in OUT_OF_RANGE if int in {HINTS[name], *typing.get_args(HINTS[name])}])
 def test_a_whole_number_refuses_a_fraction_and_takes_a_whole_float(name: str) -> None:
     assert "2.5 is not a whole number" in refusal(**{name: 2.5})
-    taken = getattr(Recipe(**{"folds": 3, name: 2.0}), name)
-    assert taken == 2 and type(taken) is int
+    low = OUT_OF_RANGE[name][0] + 2
+    taken = getattr(Recipe(**{"folds": 3, name: float(low)}), name)
+    assert taken == low and type(taken) is int
 
 
 @pytest.mark.parametrize("name", ["augment", "nesterov"])
@@ -157,6 +160,8 @@ def test_an_architecture_moves_the_defaults_it_declares_and_no_other(arch: str) 
         ({"val_fraction": 0, "schedule": "plateau"}, "schedule"),
         ({"val_fraction": 0, "early_stop_patience": 3}, "early_stop_patience"),
         ({"mixup": 0.2, "cutmix": 1.0}, "mixup"),
+        ({"arch": "classic_cnn", "small_share": 0.5}, "small_share"),
+        ({"arch": "speed_cnn", "small_share": 0.5, "small_side": 8}, "small_side"),
         ({"fold": 1}, "fold"),
         ({"folds": 3, "fold": 3}, "fold"),
         ({"warmup_epochs": 3, "max_epochs": 3}, "warmup_epochs"),
@@ -165,6 +170,27 @@ def test_an_architecture_moves_the_defaults_it_declares_and_no_other(arch: str) 
 )
 def test_fields_that_contradict_each_other_are_refused(fields: dict[str, Any], named: str) -> None:
     assert refusal(**fields).startswith(f"{named}: ")
+
+
+@pytest.mark.parametrize(
+    ("fields", "legal"),
+    [
+        ({"arch": "three_layer_cnn"}, "three_layer_cnn takes images of 32x32 only. Legal: 0."),
+        ({"arch": "wide_cnn", "depth": 4, "small_side": 15}, "Legal: 16 to 32 for this wide_cnn."),
+    ],
+)
+def test_small_images_are_refused_where_the_network_takes_none(fields: dict[str, Any], legal: str) -> None:
+    assert refusal(**fields, small_share=0.5).endswith(legal)
+    assert Recipe(**fields).small_epochs == 0
+    if "depth" in fields:
+        assert Recipe(**fields | {"small_side": 16}, small_share=0.5).small_epochs == 15
+
+
+@pytest.mark.parametrize(
+    ("share", "epochs", "small"), [(0.0, 8, 0), (0.5, 8, 4), (0.5, 9, 4), (0.7, 10, 7), (0.29, 100, 29), (0.99, 3, 2)]
+)
+def test_the_last_epoch_never_trains_on_small_images(share: float, epochs: int, small: int) -> None:
+    assert Recipe(arch="resnet", small_share=share, max_epochs=epochs).small_epochs == small
 
 
 def test_folds_validate_whatever_the_val_fraction() -> None:
@@ -251,6 +277,7 @@ CONTEXT = {
     "arch": "classic_cnn", "width": 2, "dataset": "digits", "limit_train": 100, "max_epochs": 2, "batch_size": 32,
     "precision": "32", "optimizer": "adam", "lr": 3e-3, "weight_decay": 0.0, "rotate": 0.0,
 }  # fmt: skip
+ANY_SIDE = {"arch": "resnet", "width": 8, "stem": "imagenet"}
 STUCK = {"optimizer": "sgd", "lr": 1e-6, "momentum": 0.0}  # nothing improves, so that patience runs out
 MOVES: dict[str, tuple[dict[str, Any], Any]] = {
     "arch": ({}, "resnet"),
@@ -267,6 +294,8 @@ MOVES: dict[str, tuple[dict[str, Any], Any]] = {
     "rotate": ({}, 90.0),
     "cutout": ({}, 8),
     "cutout_fill": ({"cutout": 8}, "black"),
+    "small_share": (ANY_SIDE, 0.5),
+    "small_side": ({**ANY_SIDE, "small_share": 0.5}, 12),
     "mixup": ({}, 1.0),
     "cutmix": ({}, 1.0),
     "label_smoothing": ({}, 0.2),

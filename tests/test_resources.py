@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -13,7 +14,7 @@ from cifar_lab import machine
 from cifar_lab.fit import fit
 from cifar_lab.recipe import InputError, Recipe
 from tune import resources
-from tune.plan import checkpoint_bytes, expected_epochs, sizes
+from tune.plan import checkpoint_bytes, expected_epochs, seconds_per_image, sizes
 from tune.question import SearchOptions
 from tune.space import Choice
 
@@ -84,6 +85,16 @@ def test_ray_client_is_refused_though_it_answers() -> None:
     refused = pytest.raises(InputError, match=r"is Ray Client's.*Legal: HOST:PORT")
     with socket.create_server(("127.0.0.1", 0)) as server, refused:
         resources.check_address(f"ray://127.0.0.1:{server.getsockname()[1]}")
+
+
+def test_an_image_costs_what_it_costs_at_each_of_its_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(recipe: Recipe, precision: str, *, batch: int, side: int, **_: Any) -> float:
+        return batch * {32: 10.0, 16: 2.0}[side]
+
+    monkeypatch.setattr(machine, "step_seconds", step)
+    recipe = Recipe(arch="resnet", max_epochs=8, small_side=16)
+    assert seconds_per_image([recipe], 1) == 10
+    assert seconds_per_image([recipe, recipe.replace(small_share=0.5)], 1) == (10 + 6) / 2
 
 
 def test_the_expected_epochs_are_near_those_of_the_committed_search() -> None:

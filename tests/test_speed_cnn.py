@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,17 @@ from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.fit import fit, read_checkpoint
+from cifar_lab.fit import Row, fit, read_checkpoint
 from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.models.speed_cnn import BIAS_LR, DIRECTIONS, PATCH, WHITENING_EPS, BatchNorm, SpeedCNN, convolution
 from cifar_lab.optim import optimizer
 from cifar_lab.recipe import Recipe
+
+
+class InterruptionError(Exception):
+    pass
+
 
 SMALL: dict[str, Any] = {
     "arch": "speed_cnn", "widths": "16,16,16", "dataset": "digits", "limit_train": 96, "batch_size": 32,
@@ -81,10 +87,22 @@ def test_a_training_begins_from_the_whitening_and_trains_its_bias_alone(tmp_path
     assert state["network.whitening_bias"].abs().min() > 0
 
 
-def test_a_resumed_training_does_not_whiten_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class InterruptionError(Exception):
-        pass
+def test_the_bias_of_the_whitening_is_trained_for_three_epochs(tmp_path: Path) -> None:
+    asked, biases = Recipe(**{**SMALL, "max_epochs": 5}), []
 
+    def keep(_: Row) -> None:
+        biases.append(read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["network.whitening_bias"])
+        if len(biases) == 4:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        fit(asked, tmp_path, on_epoch=keep)
+    fit(asked, tmp_path, on_epoch=keep, resume=True)
+    moved = [not torch.equal(after, before) for before, after in itertools.pairwise(biases)]
+    assert moved == [True, True, False, False, False]  # a resumed training tells its last epoch once more
+
+
+def test_a_resumed_training_does_not_whiten_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(_: Any) -> None:
         raise InterruptionError
 
@@ -145,7 +163,7 @@ def test_the_maps_are_halved_without_a_rest() -> None:
     sides: list[int] = []
     network = make()
     for layer in network.modules():
-        if isinstance(layer, nn.MaxPool2d):
+        if isinstance(layer, (nn.MaxPool2d, nn.AdaptiveMaxPool2d)):
             layer.register_forward_hook(lambda _, inputs, output: sides.extend([inputs[0].shape[2], output.shape[2]]))
     network(smooth(2))
     assert sides == [31, 15, 15, 7, 7, 3, 3, 1]

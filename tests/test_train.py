@@ -16,6 +16,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
+from torch import Tensor
 
 from cifar_lab import machine
 from cifar_lab.classifier import ImageClassifier, macro_f1
@@ -34,6 +35,7 @@ from cifar_lab.fit import (
     read_checkpoint,
     shortage,
 )
+from cifar_lab.models.resnet import ResNet
 from cifar_lab.recipe import InputError, Recipe
 from cifar_lab.train import main as train_command
 
@@ -189,6 +191,27 @@ def test_without_validation_a_diverged_run_is_marked(tmp_path: Path) -> None:
     assert fit(recipe(**ALL, optimizer="sgd", lr=1e30), tmp_path).diverged
 
 
+# Progressive resizing
+
+
+def test_the_first_epochs_train_on_small_images_and_validate_on_whole_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    plain = ResNet.forward
+
+    def forward(self: ResNet, images: Tensor) -> Tensor:
+        seen.append((self.training, images.shape[-1]))
+        return plain(self, images)
+
+    fields = {"arch": "resnet", "width": 8, "limit_train": 40, "batch_size": 40}
+    asked = recipe(**fields, max_epochs=5, small_share=0.5, small_side=12)
+    monkeypatch.setattr(ResNet, "forward", forward)
+    fit(asked, tmp_path)
+    assert [side for training, side in seen if training] == [12, 12, 32, 32, 32]
+    assert {side for training, side in seen if not training} == {32}
+
+
 # Resuming
 
 PLATEAU = {"schedule": "plateau", "lr_patience": 0, "optimizer": "sgd", "lr": 1e-5}
@@ -211,6 +234,7 @@ SAME: dict[str, dict[str, Any]] = {
     "accumulate": {"accumulate": 2, "schedule": "linear"},
     "rotate and cutout": {"rotate": 30.0, "cutout": 8, "flip": "alternating"},
     "resnet": {"arch": "resnet", "width": 8, "stem": "imagenet", "dropout": 0.2, "limit_train": 65, "batch_size": 32},
+    "small images": {"arch": "resnet", "width": 8, "stem": "imagenet", "limit_train": 65, "small_share": 0.75},
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ architecture's own Recipe fields, and which may declare
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -45,3 +46,16 @@ def parameter_docs(arch: str) -> str:
 def build(recipe: Recipe, num_classes: int) -> Network:
     """The recipe's network, from images (N, 3, 32, 32) float, normalised, to logits (N, num_classes)."""
     return network_class(recipe.arch)(num_classes, **recipe.network_parameters())
+
+
+@functools.cache
+def takes(arch: str, side: int, **parameters: Any) -> bool:
+    """Whether the network that the architecture makes of its parameters takes images of side x side pixels."""
+    import torch
+
+    with torch.device("meta"):  # shapes without numbers
+        try:
+            network_class(arch)(2, **parameters)(torch.empty(2, 3, side, side))
+        except RuntimeError:
+            return False
+    return True
