@@ -1,6 +1,6 @@
 """What a training's table of gradients tells.
 
-gradients.csv is a CSV with a row an epoch and layer:
+gradients.csv is a CSV with a row an epoch and layer that was trained in it:
 
 - `epoch`: from 1;
 - `layer`: a parameter's name in the network (convolutions.0.weight), or a ReLU's (convolutions.1);

@@ -22,7 +22,10 @@ class WeightsError(ValueError):
 
 
 class Network(nn.Module):
-    """An architecture: images (N, 3, 32, 32) float, normalised, to logits (N, num_classes)."""
+    """An architecture: images (N, 3, 32, 32) float, normalised, to logits (N, num_classes).
+
+    Where it takes smaller images too, a recipe may train it on them (small_share).
+    """
 
     RECIPE: ClassVar[dict[str, Any]] = {}
     LEGAL: ClassVar[dict[str, tuple[str, Callable[[Any], bool]]]] = {}

@@ -74,7 +74,8 @@ class Recipe:
         cutout: side of the square that is blanked, pixels.
         cutout_fill: what the square shows, mean (the mean color) or black.
         small_share: progressive resizing: share of the epochs, the first ones, that train on images shrunk to
-            small_side; 0 is off. For networks that take images of several sizes.
+            small_side, rounded down to whole epochs; 0 is off. Validation and test see whole images. For networks that
+            take images of several sizes.
         small_side: side of a shrunk image, pixels.
         mixup: alpha of the Beta distribution that mixes pairs of images and labels; 0 is off.
         cutmix: alpha of the Beta distribution of the area pasted from another image, labels in proportion; 0 is off.
@@ -120,7 +121,7 @@ class Recipe:
     cutout: int = dial(0, "0 to 32 pixels", lambda v: 0 <= v <= 32)
     cutout_fill: Literal["mean", "black"] = "mean"
     small_share: float = _fraction(0.0)
-    small_side: int = dial(20, "8 to 32 pixels", lambda v: 8 <= v <= 32)
+    small_side: int = dial(24, "8 to 31 pixels", lambda v: 8 <= v <= 31)
     mixup: float = at_least(0, 0.0)
     cutmix: float = at_least(0, 0.0)
     label_smoothing: float = _fraction(0.0)
@@ -188,10 +189,12 @@ class Recipe:
     def _check_small(self) -> None:
         own = self.network_parameters()
         if not models.takes(self.arch, self.small_side, **own):
-            sides = [side for side in range(8, 33) if models.takes(self.arch, side, **own)]
-            if len(sides) == 1:
-                raise RecipeError(f"small_share: {self.small_share}; {self.arch} takes images of 32x32 only. Legal: 0.")
-            raise RecipeError(f"small_side: {self.small_side}. Legal: {sides[0]} to 32 for this {self.arch}.")
+            sides = [side for side in range(8, 32) if models.takes(self.arch, side, **own)]
+            if not sides:
+                raise RecipeError(
+                    f"small_share: {self.small_share}; this {self.arch} takes images of 32x32 only. Legal: 0."
+                )
+            raise RecipeError(f"small_side: {self.small_side}. Legal: {sides[0]} to 31 for this {self.arch}.")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (self.to_dict(),)
@@ -215,7 +218,8 @@ class Recipe:
     @property
     def small_epochs(self) -> int:
         """How many epochs, the first ones, train on shrunk images."""
-        return int(self.small_share * self.max_epochs + 1e-9)
+        epochs = int(self.small_share * self.max_epochs + 1e-9)  # .29 * 100 is a little less than 29
+        return min(epochs, self.max_epochs - 1)
 
     def network_parameters(self) -> dict[str, Any]:
         """The fields which the architecture itself declares: what its network is made from."""

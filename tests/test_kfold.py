@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cifar_lab.files import read_json, write_json
 from cifar_lab.recipe import InputError
 from tune.grid_question import GridQuestion
 from tune.kfold import ask, combinations, main
@@ -183,6 +184,21 @@ def test_another_question_is_refused_with_the_difference(words: str, said: str, 
         asked(tmp_path, f"--name a --resume {words}")
     with pytest.raises(InputError, match=r"name: 'a' exists"):
         asked(tmp_path, "--name a --grid lr=0.1,0.2 --prune_after 1")
+
+
+def test_a_run_that_is_older_than_a_field_is_gone_on_with(tmp_path: Path) -> None:
+    question = asked(tmp_path, "--grid lr=0.1,0.2 --name a")
+    begun(question)
+    place = question_file(question.folder)
+    kept = read_json(place)
+    del kept["recipe"]["small_side"]
+    write_json(place, kept)
+    assert asked(tmp_path, "--name a --resume").base == question.base
+    with pytest.raises(InputError, match=r"small_side was 24, is now 20"):
+        asked(tmp_path, "--name a --resume --small_side 20")
+    write_json(place, kept | {"recipe": {"arch": "resnet", "lr": -1}})
+    with pytest.raises(InputError, match=r"is damaged \(lr: -1"):
+        asked(tmp_path, "--name a --resume")
 
 
 def test_a_grid_and_a_search_are_not_taken_for_each_other(tmp_path: Path) -> None:

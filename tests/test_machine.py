@@ -12,6 +12,7 @@ import torch
 
 from cifar_lab import machine
 from cifar_lab.fit import trainer
+from cifar_lab.models.resnet import ResNet
 from cifar_lab.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -89,3 +90,16 @@ def test_a_process_settles_before_it_measures_or_trains(
     assert done == ["settled", "32", "bf16"]
     trainer(recipe, tmp_path, [])
     assert done[3:] == ["settled"]
+
+
+def test_a_step_is_measured_with_images_of_the_size_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes: list[tuple[int, ...]] = []
+    plain = ResNet.forward
+
+    def forward(self: ResNet, images: torch.Tensor) -> torch.Tensor:
+        shapes.append(tuple(images.shape))
+        return plain(self, images)
+
+    monkeypatch.setattr(ResNet, "forward", forward)
+    machine.step_seconds(Recipe(arch="resnet", width=8), "32", batch=2, side=16, repeats=1)
+    assert shapes == [(2, 3, 16, 16)] * 2

@@ -32,8 +32,8 @@ def make(arch: str, classes: int = 10, seed: int = 0, **fields: Any) -> nn.Modul
     return build(Recipe(arch=arch, **{**NARROW.get(arch, {}), **fields}), classes)
 
 
-def images(n: int) -> Tensor:
-    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+def images(n: int, side: int = 32) -> Tensor:
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def count(network: nn.Module) -> int:
@@ -147,6 +147,18 @@ def test_a_narrow_resnet_does_not_crash_the_process(width: int) -> None:
     )
     command = [sys.executable, "-c", code, str(width)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_network_trains_on_images_of_the_smallest_side_that_it_is_said_to_take(arch: str) -> None:
+    own = Recipe(arch=arch, **NARROW.get(arch, {})).network_parameters()
+    side = next(side for side in range(1, 33) if models.takes(arch, side, **own))
+    network = make(arch).train()
+    network(images(4, side)).sum().backward()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+    if side > 1:
+        with pytest.raises(RuntimeError):
+            network(images(4, side - 1))
 
 
 @pytest.mark.parametrize(("stem", "side"), [("cifar", 32), ("imagenet", 8)])

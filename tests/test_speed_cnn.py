@@ -21,15 +21,14 @@ from cifar_lab.models.speed_cnn import BIAS_LR, DIRECTIONS, PATCH, WHITENING_EPS
 from cifar_lab.optim import optimizer
 from cifar_lab.recipe import Recipe
 
-
-class InterruptionError(Exception):
-    pass
-
-
 SMALL: dict[str, Any] = {
     "arch": "speed_cnn", "widths": "16,16,16", "dataset": "digits", "limit_train": 96, "batch_size": 32,
     "max_epochs": 2, "precision": "32",
 }  # fmt: skip
+
+
+class InterruptionError(Exception):
+    """A training is ended from outside."""
 
 
 def make(**fields: Any) -> SpeedCNN:

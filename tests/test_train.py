@@ -18,7 +18,7 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import Tensor
 
-from cifar_lab import machine
+from cifar_lab import augment, machine
 from cifar_lab.classifier import ImageClassifier, macro_f1
 from cifar_lab.cli import exit_status
 from cifar_lab.data import CIFAR10DataModule, DataError
@@ -210,6 +210,16 @@ def test_the_first_epochs_train_on_small_images_and_validate_on_whole_ones(
     fit(asked, tmp_path)
     assert [side for training, side in seen if training] == [12, 12, 32, 32, 32]
     assert {side for training, side in seen if not training} == {32}
+
+
+def test_what_is_shrunk_is_the_normalised_image() -> None:
+    asked = recipe(arch="resnet", width=8, small_share=0.5, small_side=12)
+    model = ImageClassifier(asked.to_dict(), "0123456789", [0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+    images = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    seen: list[Tensor] = []
+    model.network.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    model.training_step((images, torch.zeros(8, dtype=torch.int64)), 0)
+    torch.testing.assert_close(seen, [augment.shrink(model.normalise(images), 12)])
 
 
 # Resuming

@@ -42,7 +42,7 @@ def sizes(base: Recipe, space: dict[str, Domain]) -> list[Recipe]:
 
 
 def seconds_per_image(recipes: Sequence[Recipe], threads: int) -> float:
-    """Mean seconds that a training step costs an image, on `threads` threads, from a few small batches of noise."""
+    """Mean seconds that a step of a whole training costs an image, on `threads` threads, from two batches of noise."""
     from cifar_lab.layers import FEWEST
     from cifar_lab.machine import settle, step_seconds
 

@@ -155,13 +155,14 @@ def read_question(folder: Path) -> dict[str, Any]:
         kept = read_json(question_file(folder))
         if missing := {"given", "command", "recipe", "how"} - set(kept):
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return kept
+        # A field that is newer than the run has its default.
+        return kept | {"recipe": Recipe(**kept["recipe"]).to_dict()}
     except FileNotFoundError:
         known = ", ".join(sorted(p.parent.parent.name for p in folder.parent.glob("*/ray/search.json")))
         raise InputError(
             f"name: there is nothing named {folder.name!r} to resume in {folder.parent}. There: {known or 'none'}."
         ) from None
-    except (ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError) as error:
         raise InputError(f"--resume: {question_file(folder)} is damaged ({error}).") from error
 
 

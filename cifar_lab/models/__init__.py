@@ -5,6 +5,8 @@ architecture's own Recipe fields, and which may declare
 
     RECIPE = {"lr": 0.01}                                  what its recipe has for defaults, where Recipe has others
     LEGAL = {"width": ("1 or more", lambda v: v >= 1)}     what its own fields may be, beyond their type
+
+It may override `start`, what a training begins from, and `begin_epoch`; see cifar_lab.layers.Network.
 """
 
 from __future__ import annotations
