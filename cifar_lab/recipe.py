@@ -181,10 +181,10 @@ class Recipe:
             raise RecipeError(f"mixup: {self.mixup} and cutmix: {self.cutmix}; only one of them may be above 0.")
         if self.warmup_epochs and self.schedule == "onecycle":
             raise RecipeError(f"warmup_epochs: {self.warmup_epochs}; schedule=onecycle has its own warm-up; legal: 0.")
-        if self.small_share:
-            self._check_small()
         if self.warmup_epochs >= self.max_epochs:
             raise RecipeError(f"warmup_epochs: {self.warmup_epochs}; legal: less than max_epochs, {self.max_epochs}.")
+        if self.small_share:
+            self._check_small()
 
     def _check_small(self) -> None:
         own = self.network_parameters()

@@ -8,7 +8,7 @@ import pickle
 import typing
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -17,6 +17,9 @@ from PIL import Image
 
 from cifar_lab import models
 from cifar_lab.recipe import Recipe, RecipeError
+
+if TYPE_CHECKING:
+    from cifar_lab.fit import Row
 
 # More threads spin while they wait for each other: on a busy machine that is a hundred times slower, not faster.
 torch.set_num_threads(1)
@@ -62,6 +65,25 @@ def install_callback(site: Path, name: str, source: str) -> None:
     (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
     entry = f"[pytorch_lightning.callbacks_factory]\n{name} = {name}:made\n"
     (installed / "entry_points.txt").write_text(entry)
+
+
+class InterruptionError(Exception):
+    """What a test stops a training with."""
+
+
+def interrupted(
+    asked: Recipe, folder: Path, epochs: int, *, on_epoch: Callable[[Row], None] = lambda _: None, **words: Any
+) -> None:
+    """Train until an exception ends it, after so many epochs; `words` are those of `fit`."""
+    from cifar_lab.fit import fit
+
+    def stop(row: Row) -> None:
+        on_epoch(row)
+        if row["epoch"] == epochs:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        fit(asked, folder, on_epoch=stop, **words)
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import interrupted
 from torch import nn
 
 from cifar_lab import gradients, plots, report
 from cifar_lab.files import read_csv
-from cifar_lab.fit import Row, fit, read_checkpoint
+from cifar_lab.fit import fit, read_checkpoint
 from cifar_lab.gradient_table import BINS, COLUMNS, EXPONENTS, verdicts
 from cifar_lab.gradients import STEPS, GradientSums, GradientWatch, sampled
 from cifar_lab.recipe import Recipe
@@ -149,19 +150,10 @@ def test_no_hook_is_left(tmp_path: Path) -> None:
     assert hooks() == 0
 
 
-class InterruptionError(Exception):
-    """What a test stops a training with."""
-
-
 def test_a_resumed_training_goes_on_with_the_table(tmp_path: Path) -> None:
-    def stop(row: Row) -> None:
-        if row["epoch"] == 2:
-            raise InterruptionError
-
     whole, parts = tmp_path / "whole" / "gradients.csv", tmp_path / "parts" / "gradients.csv"
     fit(recipe(), whole.parent, callbacks=[GradientWatch(whole)])
-    with pytest.raises(InterruptionError):
-        fit(recipe(), parts.parent, on_epoch=stop, callbacks=[GradientWatch(parts)])
+    interrupted(recipe(), parts.parent, 2, callbacks=[GradientWatch(parts)])
     before = parts.read_text()
     # An epoch that was written down, but whose checkpoint was not.
     parts.write_text(before + "".join(f"3,stale,relu,1,0.0,{',' * len(BINS)}\n" for _ in range(2)))

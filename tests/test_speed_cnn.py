@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import interrupted
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
@@ -25,10 +26,6 @@ SMALL: dict[str, Any] = {
     "arch": "speed_cnn", "widths": "16,16,16", "dataset": "digits", "limit_train": 96, "batch_size": 32,
     "max_epochs": 2, "precision": "32",
 }  # fmt: skip
-
-
-class InterruptionError(Exception):
-    """A training is ended from outside."""
 
 
 def make(**fields: Any) -> SpeedCNN:
@@ -91,24 +88,17 @@ def test_the_bias_of_the_whitening_is_trained_for_three_epochs(tmp_path: Path) -
 
     def keep(_: Row) -> None:
         biases.append(read_checkpoint(tmp_path / "last.ckpt")["state_dict"]["network.whitening_bias"])
-        if len(biases) == 4:
-            raise InterruptionError
 
-    with pytest.raises(InterruptionError):
-        fit(asked, tmp_path, on_epoch=keep)
+    interrupted(asked, tmp_path, 4, on_epoch=keep)
     fit(asked, tmp_path, on_epoch=keep, resume=True)
     moved = [not torch.equal(after, before) for before, after in itertools.pairwise(biases)]
     assert moved == [True, True, False, False, False]  # a resumed training tells its last epoch once more
 
 
 def test_a_resumed_training_does_not_whiten_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(_: Any) -> None:
-        raise InterruptionError
-
     asked = Recipe(**SMALL)
     fit(asked, tmp_path / "whole")
-    with pytest.raises(InterruptionError):
-        fit(asked, tmp_path / "parts", on_epoch=stop)
+    interrupted(asked, tmp_path / "parts", 1)
     monkeypatch.setattr(SpeedCNN, "start", lambda *_: pytest.fail("whitened again"))
     fit(asked, tmp_path / "parts", resume=True)
     one, other = (read_checkpoint(tmp_path / name / "last.ckpt")["state_dict"] for name in ("whole", "parts"))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from conftest import InterruptionError, interrupted
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import Tensor
 
@@ -61,19 +62,6 @@ def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
 
 def curves(run: Run) -> list[Row]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in run.history]
-
-
-class InterruptionError(Exception):
-    """What a test stops a training with."""
-
-
-def interrupted(asked: Recipe, folder: Path, epochs: int) -> None:
-    def stop(row: Row) -> None:
-        if row["epoch"] == epochs:
-            raise InterruptionError
-
-    with pytest.raises(InterruptionError):
-        fit(asked, folder, on_epoch=stop)
 
 
 # What a training leaves

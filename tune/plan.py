@@ -49,17 +49,15 @@ def seconds_per_image(recipes: Sequence[Recipe], threads: int) -> float:
     settle()
     # Few images, yet so many that a convolution goes the way that it goes in a training.
     batch = min(FEWEST, recipes[0].batch_size)
-
-    def step(recipe: Recipe, side: int) -> float:
-        return step_seconds(recipe, recipe.precision, batch=batch, side=side, threads=threads, repeats=MEASURED_STEPS)
-
-    steps = 0.0
+    seconds = 0.0
     for recipe in recipes:
         small = recipe.small_epochs / recipe.max_epochs
-        steps += (1 - small) * step(recipe, 32)
-        if small:
-            steps += small * step(recipe, recipe.small_side)
-    return steps / (batch * len(recipes))
+        for side, share in ((32, 1 - small), (recipe.small_side, small)):
+            if share:
+                seconds += share * step_seconds(
+                    recipe, recipe.precision, batch=batch, side=side, threads=threads, repeats=MEASURED_STEPS
+                )
+    return seconds / (batch * len(recipes))
 
 
 def record_bytes(trials: int, max_epochs: int) -> int:
