@@ -26,6 +26,8 @@ from cifar_lab.recipe import Recipe
 REPEATS = 5
 CUDA_CONTEXT = 600e6  # bytes that a process holds on a GPU beside its tensors, about
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
+MADV_HUGEPAGE = 14  # of Linux's mman-common.h
+ARENA, HUGE_PAGE = 1 << 32, 1 << 21  # bytes: addresses, of which memory is what is written to; a large page
 
 
 def device() -> torch.device:
@@ -80,12 +82,20 @@ def reuse_memory() -> None:
     """Have the C library keep the memory that a step frees for the next one, where it is glibc.
 
     It would hand blocks of more than 32 MB back to the system, and take them anew page by page: with `speed_cnn` at a
-    batch of 500 a sixth of the processor's time.
+    batch of 500 a sixth of the processor's time. In large pages, where Linux has them to give, its steps at a batch of
+    250 in bf16 are another 7% faster.
     """
     with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.malloc.restype = ctypes.c_void_p
+        # What is freed at the end of the heap stays there: the next blocks are cut from these addresses.
+        if block := libc.malloc(ctypes.c_size_t(ARENA)):
+            first = -(-block // HUGE_PAGE) * HUGE_PAGE
+            last = (block + ARENA) // HUGE_PAGE * HUGE_PAGE
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), MADV_HUGEPAGE)
+            libc.free(ctypes.c_void_p(block))
 
 
 def return_memory() -> None:

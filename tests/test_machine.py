@@ -18,6 +18,14 @@ from cifar_lab.recipe import Recipe
 ROOT = Path(__file__).parents[1]
 
 
+def large_pages() -> bool:
+    """Whether Linux hands out large pages to those who ask."""
+    try:
+        return "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+
+
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory as it likes")
 
 
@@ -41,6 +49,26 @@ print(before, faults())
     told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     returned, kept = map(int, told.split())
     assert kept * 20 < returned
+
+
+@glibc
+@pytest.mark.skipif(not large_pages(), reason="this Linux gives no large pages on request")
+def test_a_steps_memory_is_in_large_pages() -> None:
+    code = """
+import re, torch
+from cifar_lab.machine import reuse_memory
+
+def large():
+    return int(re.search(r"AnonHugePages: +(\\d+)", open("/proc/self/smaps_rollup").read())[1]) // 1024
+
+reuse_memory()
+before = large()
+kept = [torch.ones(10 << 20) for _ in range(2)]  # 40 MB each
+reuse_memory()  # a second training in the same process
+print(large() - before)
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(told) >= 40, "at least half of them: Linux may not find as many"
 
 
 @glibc
