@@ -88,8 +88,11 @@ class Muon(Optimizer):
             if parameter.grad is not None:
                 parameter.mul_(len(parameter) ** 0.5 / parameter.norm().clamp_min(1e-7))
                 direction = self._nesterov(parameter, parameter.grad, filters["momentum"])
-                moved = orthogonal(direction.flatten(1).to(self.dtype)).to(parameter.dtype)
-                parameter.sub_(moved.view_as(parameter), alpha=filters["lr"])
+                # The order of the columns is of no account: that of memory needs no copy.
+                last = parameter.is_contiguous(memory_format=torch.channels_last)
+                rows = direction.permute(0, 2, 3, 1) if last else direction
+                moved = orthogonal(rows.flatten(1).to(self.dtype)).to(parameter.dtype).view(rows.shape)
+                parameter.sub_(moved.permute(0, 3, 1, 2) if last else moved, alpha=filters["lr"])
         for others in rest:
             for parameter in others["params"]:
                 if parameter.grad is not None:

@@ -19,6 +19,7 @@ from cifar_lab.layers import (
     LEAST,
     MOST,
     NARROW,
+    NARROWEST,
     SIDE_BY_SIDE,
     Activation,
     Conv2d,
@@ -37,15 +38,27 @@ def drawn(*shape: int, dtype: torch.dtype = torch.double, seed: int = 0) -> Tens
 
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize(
-    ("n", "height", "width"), [(N, 7, 7), (N, 3, 3), (N, 1, 1), (N, 5, 8), (N + 3, 7, 7), (1, 3, 3)]
+    ("n", "height", "width"),
+    [
+        (N, 7, 7),
+        (N, NARROWEST + 1, NARROWEST + 1),
+        (N, NARROWEST, NARROWEST),
+        (N, 3, 3),
+        (N, 2, 2),
+        (N, 1, 1),
+        (N, 5, 8),
+        (N + 3, 7, 7),
+        (N + 3, 3, 3),
+        (1, 3, 3),
+    ],
 )
-def test_the_gradient_over_images_side_by_side_is_the_plain_one(
+def test_a_convolution_over_images_side_by_side_is_the_plain_one(
     n: int, height: int, width: int, layout: torch.memory_format
 ) -> None:
     images = drawn(n, 5, height, width).contiguous(memory_format=layout).requires_grad_()
     weight, gradient = drawn(6, 5, 3, 3, seed=1).requires_grad_(), drawn(n, 6, height, width, seed=2)
     ours, plain = _Conv3x3.apply(images, weight), F.conv2d(images, weight, padding=1)
-    assert torch.equal(ours, plain)
+    torch.testing.assert_close(ours, plain)
     for one, other in zip(
         torch.autograd.grad(ours, (images, weight), gradient),
         torch.autograd.grad(plain, (images, weight), gradient),
@@ -54,9 +67,24 @@ def test_the_gradient_over_images_side_by_side_is_the_plain_one(
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("side", [1, 3, NARROWEST, NARROWEST + 1])
+def test_the_next_layer_finds_the_channels_of_a_pixel_together(side: int) -> None:
+    images = drawn(N + 3, 16, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
+    out = _Conv3x3.apply(images, drawn(16, 16, 3, 3).contiguous(memory_format=torch.channels_last))
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    (gradient,) = torch.autograd.grad(out.sum(), images)
+    assert gradient.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("side", "channels", "training", "taken"),
-    [(NARROW, 64, True, True), (NARROW, 64, False, False), (NARROW + 1, 64, True, False), (NARROW, 48, True, False)],
+    [
+        (NARROWEST, 64, True, True),
+        (NARROW, 64, True, True),
+        (NARROW, 64, False, False),
+        (NARROW + 1, 64, True, False),
+        (NARROW, 48, True, False),
+    ],
 )
 def test_images_lie_side_by_side_only_where_that_is_faster(
     side: int, channels: int, training: bool, taken: bool
@@ -67,7 +95,7 @@ def test_images_lie_side_by_side_only_where_that_is_faster(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = layer(images)
         assert ("_Conv3x3" in type(out.grad_fn).__name__) is taken
-        assert torch.equal(out, F.conv2d(images, layer.weight, padding=1))
+        torch.testing.assert_close(out, F.conv2d(images, layer.weight, padding=1))
     out.float().square().sum().backward()
     assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
 

@@ -213,6 +213,7 @@ def test_orthogonal_keeps_the_singular_vectors_and_brings_the_values_near_1(
     assert len(large) > len(values) / 2 and ((large > 0.6) & (large < 1.3)).all()
 
 
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
 FILTERS, REST = [(6, 3, 3, 3), (4, 8, 1, 1)], [(5,), (4, 7), ()]
 
 
@@ -221,14 +222,19 @@ def muon(parameters: list[Parameter], **fields: Any) -> torch.optim.Optimizer:
     return optimizer(Recipe(optimizer="muon", **chosen), parameters)
 
 
-def test_muon_moves_filters_of_fixed_norm_along_the_orthogonal_momentum() -> None:
-    filters = with_gradients(FILTERS)
+@pytest.mark.parametrize("of_gradient", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_muon_moves_filters_of_fixed_norm_along_the_orthogonal_momentum(
+    layout: torch.memory_format, of_gradient: torch.memory_format
+) -> None:
+    filters = [Parameter(p.detach().contiguous(memory_format=layout)) for p in with_gradients(FILTERS)]
     made = muon(filters)
     means = [torch.zeros_like(p) for p in filters]
     for step in range(3):
         before = [p.detach().clone() for p in filters]
         for p in filters:
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            drawn = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            p.grad = drawn.contiguous(memory_format=of_gradient)
         made.step()
         for p, was, mean in zip(filters, before, means, strict=True):
             assert p.grad is not None
