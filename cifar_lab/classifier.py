@@ -77,6 +77,13 @@ class ImageClassifier(pl.LightningModule):
         self.register_buffer("val_loss_sum", torch.zeros((), dtype=torch.float64), persistent=False)
         self.register_buffer("confusion", torch.zeros(counts, counts, dtype=torch.int64), persistent=False)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes each hook that it calls, forty times a step; a module's own way to an attribute is a long one.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     def normalise(self, images: Tensor) -> Tensor:
         """Images (N, 3, 32, 32), uint8 or float in 0..1, as the network wants them."""
         images = normalise(images, self.mean, self.std)
