@@ -78,7 +78,7 @@ class ImageClassifier(pl.LightningModule):
         self.register_buffer("confusion", torch.zeros(counts, counts, dtype=torch.int64), persistent=False)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes each hook that it calls, forty times a step; a module's own way to an attribute is a long one.
+        # Lightning notes each hook that it calls, 45 times a step; a module's own way to an attribute is a long one.
         if name == "_current_fx_name":
             self.__dict__[name] = value
         else:

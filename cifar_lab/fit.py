@@ -33,6 +33,7 @@ Row = dict[str, float]
 Record = dict[str, Any]
 CURVE_COLUMNS = ("epoch", "train_loss", "train_acc", "val_loss", "val_acc", "val_macro_f1", "lr", "seconds")
 FEW_STEPS = 50
+UNPROFILED = nullcontext()
 TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
 
@@ -252,10 +253,7 @@ class _Unprofiled(PassThroughProfiler):
     """No profiler, at less cost a step than Lightning's own."""
 
     def profile(self, action_name: str) -> AbstractContextManager[Any]:  # type: ignore[override]
-        return NOTHING
-
-
-NOTHING = nullcontext()
+        return UNPROFILED
 
 
 def trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], **options: Any) -> pl.Trainer:

@@ -69,7 +69,7 @@ def quicken(parameter: nn.Parameter, factor: float) -> nn.Parameter:
 
 
 SIDE_BY_SIDE = 8  # images
-NARROW, NARROWEST = 8, 5  # pixels: up to here the weights' gradient gains, and the whole convolution
+NARROW, VERY_NARROW = 8, 5  # pixels: up to here the weights' gradient gains, and the whole convolution (AMX)
 MANY = 32  # channels, half the harmonic mean of in and out: from there Winograd is the faster one (torch 2.15, AVX2)
 # Images: with fewer, the filters' transformation costs more than is saved; of more, the tiles take too much memory.
 FEWEST, MOST = 48, 512
@@ -96,36 +96,48 @@ def apart(rows: Tensor, n: int, w: int) -> Tensor:
     """The n images, w pixels wide, of `side_by_side`'s rows: (N, C, H, W), channels_last."""
     r, c, h, _ = rows.shape
     images = rows.permute(0, 2, 3, 1).view(r, h, SIDE_BY_SIDE, w + 1, c)[:, :, :, :w].transpose(1, 2)
+    # Of a single row per image `reshape` makes a view, with the columns of zeros between.
     return images.reshape(-1, h, w, c)[:n].permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
 class _Conv3x3(torch.autograd.Function):
-    """A 3x3 convolution of padding 1 whose weights' gradient is taken with the images side by side.
-
-    On the narrowest maps all of it is done so.
-    """
+    """A 3x3 convolution of padding 1 whose weights' gradient is taken with the images side by side."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
-        n, _, _, w = ctx.shape = images.shape
-        if w > NARROWEST:
-            ctx.save_for_backward(images, weight)
-            return F.conv2d(images, weight, padding=1)
-        rows = side_by_side(images)
-        ctx.save_for_backward(rows, weight)
-        return apart(F.conv2d(rows, weight, padding=1), n, w)
+        ctx.save_for_backward(images, weight)
+        return F.conv2d(images, weight, padding=1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        kept, weight = ctx.saved_tensors
-        n, _, _, w = ctx.shape
-        side, rows = side_by_side(gradient), kept if w <= NARROWEST else side_by_side(kept)
-        of_weight = conv2d_weight(rows, weight.shape, side, padding=1)  # type: ignore[no-untyped-call]
-        if w > NARROWEST:
-            return conv2d_input(ctx.shape, weight, gradient, padding=1), of_weight  # type: ignore[no-untyped-call]
-        of_rows = conv2d_input(rows.shape, weight, side, padding=1)  # type: ignore[no-untyped-call]
-        return apart(of_rows, n, w), of_weight
+        images, weight = ctx.saved_tensors
+        return (
+            conv2d_input(images.shape, weight, gradient, padding=1),  # type: ignore[no-untyped-call]
+            conv2d_weight(  # type: ignore[no-untyped-call]
+                side_by_side(images), weight.shape, side_by_side(gradient), padding=1
+            ),
+        )
+
+
+class _Conv3x3InRows(torch.autograd.Function):
+    """A 3x3 convolution of padding 1, all of it with the images side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor) -> Tensor:
+        rows = side_by_side(images)
+        ctx.save_for_backward(rows, weight)
+        ctx.count, ctx.width = len(images), images.shape[3]
+        return apart(F.conv2d(rows, weight, padding=1), ctx.count, ctx.width)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        (rows, weight), gradient = ctx.saved_tensors, side_by_side(gradient)
+        return (
+            apart(conv2d_input(rows.shape, weight, gradient, padding=1), ctx.count, ctx.width),  # type: ignore[no-untyped-call]
+            conv2d_weight(rows, weight.shape, gradient, padding=1),  # type: ignore[no-untyped-call]
+        )
 
 
 class Conv2d(nn.Conv2d):
@@ -151,9 +163,10 @@ class Conv2d(nn.Conv2d):
         if self.plain and self.many and self.training and x.device.type == "cpu" and lies_last(x):
             side = x.shape[3]
             if torch.is_autocast_enabled("cpu"):
-                if side <= NARROW and bias is None:
+                if side <= NARROW and len(x) >= SIDE_BY_SIDE and bias is None:
                     dtype = torch.get_autocast_dtype("cpu")
-                    out = _Conv3x3.apply(x.to(dtype), weight.to(dtype))
+                    convolve = _Conv3x3InRows if side <= VERY_NARROW else _Conv3x3
+                    out = convolve.apply(x.to(dtype), weight.to(dtype))
                     return out
             elif x.dtype == torch.float32 and side >= LEAST and FEWEST <= len(x) <= MOST:
                 out = Winograd.apply(x, weight)

@@ -19,12 +19,13 @@ from cifar_lab.layers import (
     LEAST,
     MOST,
     NARROW,
-    NARROWEST,
     SIDE_BY_SIDE,
+    VERY_NARROW,
     Activation,
     Conv2d,
     Init,
     _Conv3x3,
+    _Conv3x3InRows,
     initialise,
 )
 from cifar_lab.recipe import Recipe
@@ -36,28 +37,33 @@ def drawn(*shape: int, dtype: torch.dtype = torch.double, seed: int = 0) -> Tens
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
+CONVOLUTIONS: list[type[torch.autograd.Function]] = [_Conv3x3, _Conv3x3InRows]
+
+
+@pytest.mark.parametrize("convolve", CONVOLUTIONS, ids=lambda convolve: convolve.__name__)
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=str)
 @pytest.mark.parametrize(
     ("n", "height", "width"),
     [
         (N, 7, 7),
-        (N, NARROWEST + 1, NARROWEST + 1),
-        (N, NARROWEST, NARROWEST),
+        (N, 5, 5),
         (N, 3, 3),
         (N, 2, 2),
         (N, 1, 1),
         (N, 5, 8),
-        (N + 3, 7, 7),
+        (N + 3, 7, 3),
+        (N + 3, 2, 5),
+        (N + 3, 1, 4),
         (N + 3, 3, 3),
         (1, 3, 3),
     ],
 )
 def test_a_convolution_over_images_side_by_side_is_the_plain_one(
-    n: int, height: int, width: int, layout: torch.memory_format
+    n: int, height: int, width: int, layout: torch.memory_format, convolve: type[torch.autograd.Function]
 ) -> None:
     images = drawn(n, 5, height, width).contiguous(memory_format=layout).requires_grad_()
     weight, gradient = drawn(6, 5, 3, 3, seed=1).requires_grad_(), drawn(n, 6, height, width, seed=2)
-    ours, plain = _Conv3x3.apply(images, weight), F.conv2d(images, weight, padding=1)
+    ours, plain = convolve.apply(images, weight), F.conv2d(images, weight, padding=1)
     torch.testing.assert_close(ours, plain)
     for one, other in zip(
         torch.autograd.grad(ours, (images, weight), gradient),
@@ -67,37 +73,51 @@ def test_a_convolution_over_images_side_by_side_is_the_plain_one(
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("side", [1, 3, NARROWEST, NARROWEST + 1])
-def test_the_next_layer_finds_the_channels_of_a_pixel_together(side: int) -> None:
+@pytest.mark.parametrize("convolve", CONVOLUTIONS, ids=lambda convolve: convolve.__name__)
+@pytest.mark.parametrize("side", [1, 3, 6])
+def test_the_next_layer_finds_the_channels_of_a_pixel_together(
+    side: int, convolve: type[torch.autograd.Function]
+) -> None:
     images = drawn(N + 3, 16, side, side).contiguous(memory_format=torch.channels_last).requires_grad_()
-    out = _Conv3x3.apply(images, drawn(16, 16, 3, 3).contiguous(memory_format=torch.channels_last))
+    out = convolve.apply(images, drawn(16, 16, 3, 3).contiguous(memory_format=torch.channels_last))
     assert out.is_contiguous(memory_format=torch.channels_last)
-    (gradient,) = torch.autograd.grad(out.sum(), images)
+    (gradient,) = torch.autograd.grad(out.square().sum(), images)
     assert gradient.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
-    ("side", "channels", "training", "taken"),
+    ("taken", "side", "channels", "n", "training"),
     [
-        (NARROWEST, 64, True, True),
-        (NARROW, 64, True, True),
-        (NARROW, 64, False, False),
-        (NARROW + 1, 64, True, False),
-        (NARROW, 48, True, False),
+        ("_Conv3x3InRowsBackward", VERY_NARROW, 64, N, True),
+        ("_Conv3x3InRowsBackward", VERY_NARROW, 64, SIDE_BY_SIDE, True),
+        ("_Conv3x3Backward", VERY_NARROW + 1, 64, N, True),
+        ("_Conv3x3Backward", NARROW, 64, N, True),
+        ("", NARROW, 64, N, False),
+        ("", NARROW, 64, SIDE_BY_SIDE - 1, True),
+        ("", NARROW + 1, 64, N, True),
+        ("", NARROW, 48, N, True),
     ],
 )
 def test_images_lie_side_by_side_only_where_that_is_faster(
-    side: int, channels: int, training: bool, taken: bool
+    taken: str, side: int, channels: int, n: int, training: bool
 ) -> None:
     layer = Conv2d(channels, channels, 3, padding=1, bias=False).train(training)
-    images = drawn(N, channels, side, side, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    images = drawn(n, channels, side, side, dtype=torch.float32).contiguous(memory_format=torch.channels_last)
+    images.requires_grad_()
+    gradient = drawn(n, channels, side, side, dtype=torch.float32, seed=1).bfloat16()
     assert "_Conv3x3" not in type(layer(images).grad_fn).__name__, "32 bit has no need of it"
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = layer(images)
-        assert ("_Conv3x3" in type(out.grad_fn).__name__) is taken
-        torch.testing.assert_close(out, F.conv2d(images, layer.weight, padding=1))
-    out.float().square().sum().backward()
-    assert layer.weight.grad is not None and layer.weight.grad.dtype == torch.float32
+        out, plain = layer(images), F.conv2d(images, layer.weight, padding=1)
+    found = type(out.grad_fn).__name__
+    assert found.partition(".")[0] == taken if taken else "_Conv3x3" not in found
+    torch.testing.assert_close(out, plain)
+    for one, other in zip(
+        torch.autograd.grad(out, (images, layer.weight), gradient),
+        torch.autograd.grad(plain, (images, layer.weight), gradient),
+        strict=True,
+    ):
+        assert one.dtype == torch.float32
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.02 * float(other.abs().max()))
 
 
 @pytest.mark.parametrize(

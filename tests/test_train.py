@@ -35,6 +35,7 @@ from cifar_lab.fit import (
     fit,
     read_checkpoint,
     shortage,
+    trainer,
 )
 from cifar_lab.models.resnet import ResNet
 from cifar_lab.recipe import InputError, Recipe
@@ -53,6 +54,12 @@ def recipe(**fields: Any) -> Recipe:
         "lr": 3e-3,
     }
     return Recipe(**{**small, "dataset": "digits", "precision": "32", "rotate": 0.0, **fields})
+
+
+def test_what_would_make_lightnings_steps_longer_is_still_there_to_be_avoided(tmp_path: Path) -> None:
+    assert "_current_fx_name" in vars(pl.LightningModule()), "the name of the attribute that it sets at every hook"
+    profiler: Any = trainer(recipe(), tmp_path, []).profiler
+    assert profiler.profile("one") is profiler.profile("another"), "no context is made at every hook"
 
 
 def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
