@@ -104,6 +104,21 @@ print(kept, held() - before)
     assert kept > 35 and left < 5
 
 
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("model name\t: Xeon\nflags\t\t: avx512f amx_bf16 amx_tile\n", "Xeon, AVX512 and AMX"),
+        ("model name\t: Xeon\nflags\t\t: avx512f avx512_bf16\n", "Xeon, AVX512"),
+    ],
+)
+def test_a_processor_with_amx_is_told_from_one_without(
+    told: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(Path, "read_text", lambda *_: told)
+    assert machine.processor() == expected
+
+
 def test_a_gpu_is_measured_as_it_trains(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     before = torch.get_float32_matmul_precision()
