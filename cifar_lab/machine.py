@@ -37,7 +37,7 @@ def device() -> torch.device:
 
 
 def processor() -> str:
-    """The model of the GPU, or of the CPU with its vector extensions as PyTorch names them."""
+    """The model of the GPU, or of the CPU with its vector extensions as PyTorch names them, and AMX."""
     if torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     model, matrices = platform.processor() or platform.machine(), ""
