@@ -26,7 +26,8 @@ from cifar_lab.recipe import InputError, Recipe, at_least, check_fields, nearest
 if TYPE_CHECKING:
     import numpy as np
 
-    from cifar_lab.data import CIFAR10DataModule, ImageSet
+    from cifar_lab.data import CIFAR10DataModule
+    from cifar_lab.dataset import ImageSet
 
 PRECISIONS = ("32", "bf16")
 LOADER_WORKERS, LOADER_BATCH = 2, 128
@@ -179,7 +180,7 @@ def noise(count: int) -> ImageSet:
     """Images of ten classes with nothing in them to learn."""
     import numpy as np
 
-    from cifar_lab.data import SIDE, ImageSet, image_moments
+    from cifar_lab.dataset import SIDE, ImageSet, image_moments
 
     images = np.random.default_rng(0).integers(0, 256, (count, 3, SIDE, SIDE), dtype=np.uint8)
     labels = torch.arange(count) % 10
@@ -240,7 +241,7 @@ def epochs(recipe: Recipe, images: ImageSet) -> tuple[Callable[[], Iterator[Tens
 
 def own_epoch(data: CIFAR10DataModule, here: torch.device) -> Callable[[], Iterator[Tensor]]:
     """An epoch of our batches, normalised, on a device."""
-    from cifar_lab.data import normalise
+    from cifar_lab.dataset import normalise
 
     data.images, data.labels = data.set.images.to(here), data.set.labels.to(here)
     mean, std = data.mean[:, None, None].to(here), data.std[:, None, None].to(here)
@@ -291,8 +292,9 @@ def record_seconds(recipe: Recipe) -> float:
     """Median seconds of what `fit` does after an epoch: its row, and the best and the last checkpoint."""
     from pytorch_lightning.callbacks import Callback
 
+    from cifar_lab.checkpoint import Row
     from cifar_lab.data import CIFAR10DataModule
-    from cifar_lab.fit import Row, fit
+    from cifar_lab.fit import fit
 
     recipe = recipe.replace(val_fraction=0, max_epochs=machine.REPEATS, lr=1e-6, precision="32")
     began: list[float] = []
@@ -323,7 +325,8 @@ def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
     from pytorch_lightning.callbacks import Callback
 
     from cifar_lab import optim
-    from cifar_lab.data import CIFAR10DataModule, normalise
+    from cifar_lab.data import CIFAR10DataModule
+    from cifar_lab.dataset import normalise
     from cifar_lab.fit import fit
     from cifar_lab.layers import memory_format
     from cifar_lab.models import build

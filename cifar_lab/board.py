@@ -18,7 +18,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from cifar_lab.fit import CURVE_COLUMNS, Row, finite
+from cifar_lab.checkpoint import CURVE_COLUMNS, Row, finite
 from cifar_lab.recipe import Recipe
 
 BEST = "best_val_acc"

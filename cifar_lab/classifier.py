@@ -15,7 +15,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_lab import augment, optim
-from cifar_lab.data import epoch_seed, normalise
+from cifar_lab.data import epoch_seed
+from cifar_lab.dataset import normalise
 from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.recipe import Recipe

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cifar_lab.classifier import ImageClassifier
-    from cifar_lab.data import ImageSet
+    from cifar_lab.dataset import ImageSet
     from cifar_lab.recipe import Recipe
 
 CONFIDENCE = 0.95
@@ -253,7 +253,7 @@ class Evaluator:
     """
 
     def __init__(self, checkpoint: Path, *, data_dir: str | None = None, images: Path | None = None) -> None:
-        from cifar_lab.data import read_folder
+        from cifar_lab.dataset import read_folder
         from cifar_lab.files import sha256
         from cifar_lab.fit import restore
 
@@ -352,7 +352,7 @@ def check_test_set(recipe: Recipe, classes: Sequence[str]) -> ImageSet:
     Raises:
         DataError: it is absent or unreadable, or has other classes.
     """
-    from cifar_lab.data import DataError, load
+    from cifar_lab.dataset import DataError, load
 
     images = load(recipe, "test")
     if images.classes != tuple(classes):

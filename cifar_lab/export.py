@@ -17,8 +17,8 @@ from cifar_lab import cli
 from cifar_lab.recipe import InputError
 
 if TYPE_CHECKING:
+    from cifar_lab.checkpoint import Record
     from cifar_lab.classifier import ImageClassifier
-    from cifar_lab.fit import Record
     from cifar_lab.recipe import Recipe
 
 PACKAGES = ("onnx", "onnxruntime", "onnxscript")
@@ -102,7 +102,7 @@ deployment. It was made for no use where a wrong answer does harm.
 {example}
 ```
 
-Images that are transparent, turned by their EXIF or of 16 bits are read as by `cifar_lab.data.read_image`.
+Images that are transparent, turned by their EXIF or of 16 bits are read as by `cifar_lab.dataset.read_image`.
 
 ## Provenance
 
@@ -127,7 +127,7 @@ def to_onnx(model: ImageClassifier, metadata: Mapping[str, str]) -> bytes:
     import torch
     from torch import nn
 
-    from cifar_lab.data import SIDE
+    from cifar_lab.dataset import SIDE
 
     batch = {0: torch.export.Dim("batch")}
     with torch.no_grad():
@@ -159,7 +159,7 @@ def difference(model: ImageClassifier, exported: bytes) -> float:
     import torch
     import torch.nn.functional as F
 
-    from cifar_lab.data import SIDE
+    from cifar_lab.dataset import SIDE
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Beside best.ckpt, in a folder of checkpoints: of the last epoch, of the one before, and the digests of all.
 LAST, PREVIOUS, DIGESTS = "last.ckpt", "previous.ckpt", "sha256.json"
+HUNG = "hung"  # a note beside the checkpoints of a training that was killed since it made no step
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -87,7 +87,7 @@ def heat_map(
     """
     import torch
 
-    from cifar_lab.data import read_image, resized
+    from cifar_lab.dataset import read_image, resized
     from cifar_lab.evaluate import probabilities
     from cifar_lab.fit import restore
 
@@ -113,7 +113,7 @@ def occlusion(model: ImageClassifier, image: Tensor, label: int) -> np.ndarray:
     import numpy as np
     import torch
 
-    from cifar_lab.data import SIDE
+    from cifar_lab.dataset import SIDE
     from cifar_lab.evaluate import probabilities
 
     corners = range(0, SIDE - PATCH + 1, STRIDE)
@@ -147,7 +147,7 @@ def gradcam(model: ImageClassifier, image: Tensor, label: int) -> np.ndarray:
     import torch.nn.functional as F
     from torch import nn
 
-    from cifar_lab.data import SIDE
+    from cifar_lab.dataset import SIDE
 
     # All that a module returned, in the order in which they ended: a block ends after the convolutions in it.
     made: list[tuple[nn.Module, Tensor]] = []
@@ -181,9 +181,9 @@ def _predictions(model: ImageClassifier, images: Iterable[Path | str]) -> list[P
     import numpy as np
     import torch
 
-    from cifar_lab.data import DataError, read_image, resized
+    from cifar_lab.checkpoint import CheckpointError
+    from cifar_lab.dataset import DataError, read_image, resized
     from cifar_lab.evaluate import probabilities
-    from cifar_lab.fit import CheckpointError
 
     files = _files(images)
     seen: dict[int, np.ndarray] = {}
@@ -206,7 +206,7 @@ def _predictions(model: ImageClassifier, images: Iterable[Path | str]) -> list[P
 
 def _files(images: Iterable[Path | str]) -> list[Path]:
     """The files, a folder replaced by the images in it; one that has none or cannot be read stays, to be refused."""
-    from cifar_lab.data import images_in
+    from cifar_lab.dataset import images_in
 
     files: list[Path] = []
     for place in map(Path, images):
@@ -232,7 +232,7 @@ def main(argv: Sequence[str]) -> int:
         raise InputError("--map and --output belong together: what to draw, and the folder for it.")
     import torch
 
-    from cifar_lab.data import SIDE
+    from cifar_lab.dataset import SIDE
     from cifar_lab.fit import identity, restore
 
     checkpoint = Path(asked.checkpoint)

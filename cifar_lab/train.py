@@ -50,12 +50,11 @@ def main(argv: Sequence[str]) -> int:
             raise InputError(f"name: there is no training {name!r} to resume in {options.results_dir}.")
     else:
         cli.check_new(folder)
-    # Lightning takes seconds to import: not before the recipe is known to be a legal one.
     from cifar_lab import machine
     from cifar_lab.board import Board
+    from cifar_lab.checkpoint import CURVE_COLUMNS, Row, best_record, newest, recorded
     from cifar_lab.files import write_csv, write_json
-    from cifar_lab.fit import CURVE_COLUMNS, Row, best_record, fit, newest, prepare, recorded, shortage
-    from cifar_lab.gradients import GradientWatch
+    from cifar_lab.prepare import prepare, shortage
     from cifar_lab.report import headline, write_report
 
     def ended(status: str, text: str, resume: str | None = None) -> None:
@@ -73,7 +72,12 @@ def main(argv: Sequence[str]) -> int:
         if state["finished"] and (folder / "best.json").exists():
             ended("completed", "This training is finished; nothing was changed.")
             return cli.DONE
-    data = prepare(recipe)
+    images = prepare(recipe)
+    # Lightning takes seconds to import: not before the recipe is known to be legal, the images to be there.
+    from cifar_lab.data import CIFAR10DataModule
+    from cifar_lab.fit import fit
+    from cifar_lab.gradients import GradientWatch
+
     cli.make_folder(checkpoints, options.results_dir)
     if found is None:
         recipe = machine.resolve_precision(recipe)
@@ -81,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     command = cli.command("cifar_lab.train", words)
     again = cli.resume_line(command)
     board = Board(folder / "tensorboard", recipe, name)
-    if (note := shortage(recipe, len(data.train_indices))) and not on["quiet"]:
+    if (note := shortage(recipe, len(images.train_indices))) and not on["quiet"]:
         print(cli.paragraph(note), flush=True)
 
     def on_epoch(row: Row) -> None:
@@ -100,6 +104,7 @@ def main(argv: Sequence[str]) -> int:
 
     try:
         watches = [GradientWatch(folder / "gradients.csv")] if on["gradients"] else []
+        data = CIFAR10DataModule(recipe, images.set)
         run = fit(recipe, checkpoints, resume=on["resume"], on_epoch=on_epoch, callbacks=watches, data=data)
     except KeyboardInterrupt:
         ended("pending", f"Interrupted; what was reached is kept. To go on:\n{again}", again)

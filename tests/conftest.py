@@ -19,7 +19,7 @@ from cifar_lab import models
 from cifar_lab.recipe import Recipe, RecipeError
 
 if TYPE_CHECKING:
-    from cifar_lab.fit import Row
+    from cifar_lab.checkpoint import Row
 
 # More threads spin while they wait for each other: on a busy machine that is a hundred times slower, not faster.
 torch.set_num_threads(1)
@@ -108,7 +108,7 @@ def own_environment(session_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; the folder which `cifar_lab.data.cache_folder` names."""
+    """An empty cache; the folder which `cifar_lab.dataset.cache_folder` names."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "cifar_lab"
 

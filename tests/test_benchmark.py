@@ -15,7 +15,8 @@ import torch
 from cifar_lab import benchmark, machine, models, progress
 from cifar_lab.augment import Augmentation
 from cifar_lab.classifier import ImageClassifier
-from cifar_lab.data import CIFAR10DataModule, ImageSet, image_moments
+from cifar_lab.data import CIFAR10DataModule
+from cifar_lab.dataset import ImageSet, image_moments
 from cifar_lab.recipe import InputError, Recipe
 
 # Python 3.12 says of every fork what the loader's workers are not touched by.

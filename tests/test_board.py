@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
 from cifar_lab.board import Board
-from cifar_lab.fit import CURVE_COLUMNS, Row
+from cifar_lab.checkpoint import CURVE_COLUMNS, Row
 from cifar_lab.recipe import Recipe
 from cifar_lab.train import main
 

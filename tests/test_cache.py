@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lab.cache import main
-from cifar_lab.data import load
+from cifar_lab.dataset import load
 from cifar_lab.recipe import Recipe
 
 

@@ -21,9 +21,9 @@ import torch
 from ray.exceptions import ActorDiedError
 
 import tune.cluster
+from cifar_lab.files import HUNG
 from cifar_lab.recipe import InputError, Recipe
 from tune.cluster import Job, _Listener, alive, cause, cluster, on_a_worker, run_jobs
-from tune.heartbeat import HUNG
 
 
 @pytest.fixture(scope="module")

@@ -21,8 +21,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cifar_lab import data
-from cifar_lab.data import CIFAR10_CLASSES, Batches, CIFAR10DataModule, DataError, load, split, statistics
+from cifar_lab import dataset
+from cifar_lab.data import Batches, CIFAR10DataModule
+from cifar_lab.dataset import CIFAR10_CLASSES, DataError, load, split, statistics
 from cifar_lab.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ def test_the_split_is_stratified_disjoint_and_complete() -> None:
 
 def test_the_split_is_the_same_in_another_process() -> None:
     code = (
-        "from cifar_lab.data import load, split; from cifar_lab.recipe import Recipe;"
+        "from cifar_lab.dataset import load, split; from cifar_lab.recipe import Recipe;"
         "r = Recipe(arch='classic_cnn', dataset='digits', limit_train=200);"
         "print([part.tolist() for part in split(load(r, 'train').labels, r)])"
     )
@@ -220,8 +221,8 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     def decoder(*_: Any) -> NoReturn:
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(data, "_digits", decoder)
-    monkeypatch.setattr(data, "read_image", decoder)
+    monkeypatch.setattr(dataset, "_digits", decoder)
+    monkeypatch.setattr(dataset, "read_image", decoder)
     monkeypatch.setattr("torchvision.datasets.CIFAR10.__init__", decoder)
 
 
@@ -254,7 +255,7 @@ def test_an_added_or_renamed_file_is_decoded_again(make_tree: MakeTree) -> None:
 def test_what_was_decoded_otherwise_is_decoded_again(make_tree: MakeTree, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tree(make_tree())
     load(recipe, "train")
-    monkeypatch.setattr(data, "READING", b"another")
+    monkeypatch.setattr(dataset, "READING", b"another")
     poison(monkeypatch)
     with pytest.raises(AssertionError, match="decoded again"):
         load(recipe, "train")
@@ -297,7 +298,7 @@ def eight_at_once(wants: Callable[..., int], *words: Any) -> list[int]:
 
 def _wants_a_tree(number: int, root: str, cache: str, notes: str) -> int:
     os.environ["XDG_CACHE_HOME"] = cache  # a forkserver's environment is that of its first test
-    data.read_image = noting(data.read_image, notes, "decoded")
+    dataset.read_image = noting(dataset.read_image, notes, "decoded")
     return len(load(tree(Path(root)), "train"))
 
 
@@ -399,7 +400,7 @@ def test_the_environment_names_the_folder_and_the_flag_wins(
 # Errors: each a DataError that quotes the place
 
 
-def refusal(recipe: Recipe, part: data.Part = "train") -> str:
+def refusal(recipe: Recipe, part: dataset.Part = "train") -> str:
     with pytest.raises(DataError) as caught:
         load(recipe, part)
     return str(caught.value)
@@ -555,7 +556,7 @@ def test_a_memory_mapped_load_costs_little_private_memory(cifar10: Recipe) -> No
     # Anonymous, not Private_Dirty: the latter counts the page cache of a file that was written a moment ago.
     load(cifar10, "train")
     code = (
-        "import re, sys, torch; from cifar_lab.data import load; from cifar_lab.recipe import Recipe;"
+        "import re, sys, torch; from cifar_lab.dataset import load; from cifar_lab.recipe import Recipe;"
         "private = lambda: int(re.search(r'Anonymous: +(\\d+)', open('/proc/self/smaps_rollup').read())[1]);"
         "load(Recipe(dataset='digits'), 'train'); r = Recipe(dataset='cifar10', data_dir=sys.argv[1]);"
         "before = private(); s = load(r, 'train'); s.images.view(-1)[::4096].sum(); print(private() - before)"

@@ -24,10 +24,11 @@ from PIL import Image
 from scipy import stats
 from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
-from cifar_lab import data
+from cifar_lab import dataset
+from cifar_lab.checkpoint import CheckpointError, best_record, read_checkpoint
 from cifar_lab.classifier import ImageClassifier
 from cifar_lab.corruptions import corrupt
-from cifar_lab.data import DataError
+from cifar_lab.dataset import DataError
 from cifar_lab.evaluate import (
     TTA,
     Evaluation,
@@ -44,7 +45,7 @@ from cifar_lab.evaluate import (
     answers as answers_of,
 )
 from cifar_lab.files import sha256
-from cifar_lab.fit import CheckpointError, best_record, fit, read_checkpoint
+from cifar_lab.fit import fit
 from cifar_lab.recipe import InputError, Recipe
 
 
@@ -133,7 +134,7 @@ def test_the_files_say_what_sklearn_says(trained: Path, tmp_path: Path) -> None:
     told = pd.read_csv(tmp_path / "test_predictions.csv")
     assert list(told) == ["index", "label", "prediction", *(f"p{i}" for i in range(10))]
     assert told["index"].tolist() == list(range(360))
-    assert told["label"].tolist() == data.load(Recipe(dataset="digits"), "test").labels.tolist()
+    assert told["label"].tolist() == dataset.load(Recipe(dataset="digits"), "test").labels.tolist()
     probabilities = told[[f"p{i}" for i in range(10)]].to_numpy()
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     assert probabilities.argmax(1).tolist() == told["prediction"].tolist()
@@ -195,13 +196,13 @@ def test_training_never_reads_the_test_part(
     root = make_tree()
     for file in (root / "test").rglob("*.png"):
         file.write_bytes(b"poison")
-    plain = data.load
+    plain = dataset.load
 
-    def train_only(recipe: Recipe, part: data.Part) -> data.ImageSet:
+    def train_only(recipe: Recipe, part: dataset.Part) -> dataset.ImageSet:
         assert part == "train"
         return plain(recipe, part)
 
-    monkeypatch.setattr(data, "load", train_only)
+    monkeypatch.setattr(dataset, "load", train_only)
     run = fit(small(root), tmp_path / "run")
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -390,7 +391,7 @@ def test_corruptions_leave_a_row_each_and_print_a_table(run: Path, capsys: pytes
     assert list(rows) == ["corruption", "severity", "n", "correct", "accuracy", "low", "high"]
     asked = [(name, severity) for name in ("gaussian_noise", "elastic_transform") for severity in (1, 5)]
     assert list(zip(rows.corruption, rows.severity, strict=True)) == asked
-    model, test = network_of(run / "checkpoints" / "best.ckpt"), data.load(Recipe(dataset="digits"), "test")
+    model, test = network_of(run / "checkpoints" / "best.ckpt"), dataset.load(Recipe(dataset="digits"), "test")
     for row in rows.itertuples():
         with torch.no_grad():
             said = model(corrupt(test.images, str(row.corruption), int(str(row.severity)))).argmax(1)
@@ -427,7 +428,7 @@ def test_what_was_said_of_corruptions_stays_with_its_checkpoint(run: Path, tmp_p
 @pytest.fixture
 def own(tmp_path: Path) -> Path:
     """Images of the digits 7 and 3 out of the test set, some of them enlarged, one of them a JPEG."""
-    test = data.load(Recipe(dataset="digits"), "test")
+    test = dataset.load(Recipe(dataset="digits"), "test")
     for label, ending in ((7, "png"), (3, "jpg")):
         folder = tmp_path / "own" / str(label)
         folder.mkdir(parents=True)
@@ -441,7 +442,7 @@ def own(tmp_path: Path) -> Path:
 def test_a_folder_of_ones_own_may_lack_classes_and_is_no_reading_of_the_test_set(
     run: Path, own: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("the test set was read"))
+    monkeypatch.setattr(dataset, "load", lambda *_: pytest.fail("the test set was read"))
     tested = {"test_acc": 0.9, "test_readings": 3, "corruptions_acc": 0.5}
     (run / "best.json").write_text(json.dumps({**best_of(run), **tested}))
     before = (run / "best.json").read_text()

@@ -18,10 +18,11 @@ import torch
 from PIL import Image
 
 from cifar_lab import cli
+from cifar_lab.checkpoint import best_record
 from cifar_lab.evaluate import Evaluation, probabilities, record_of_test
 from cifar_lab.export import BATCHES, CARD, TOLERANCE, main, model_card, record_of_run, to_onnx
 from cifar_lab.files import read_json, sha256, write_json
-from cifar_lab.fit import best_record, identity, restore
+from cifar_lab.fit import identity, restore
 from cifar_lab.models import ARCHITECTURES
 from cifar_lab.predict import predict
 from cifar_lab.recipe import InputError, Recipe

@@ -21,7 +21,8 @@ import pytest
 from conftest import install_callback
 
 from cifar_lab import cli
-from cifar_lab.fit import fit, read_checkpoint
+from cifar_lab.checkpoint import read_checkpoint
+from cifar_lab.fit import fit
 from cifar_lab.recipe import InputError
 from tune import asha, campaign, cluster
 from tune.experiment import locked

@@ -13,8 +13,9 @@ from conftest import interrupted
 from torch import nn
 
 from cifar_lab import gradients, plots, report
+from cifar_lab.checkpoint import read_checkpoint
 from cifar_lab.files import read_csv
-from cifar_lab.fit import fit, read_checkpoint
+from cifar_lab.fit import fit
 from cifar_lab.gradient_table import BINS, COLUMNS, EXPONENTS, verdicts
 from cifar_lab.gradients import STEPS, GradientSums, GradientWatch, sampled
 from cifar_lab.recipe import Recipe

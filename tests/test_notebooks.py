@@ -18,7 +18,8 @@ from nbclient import NotebookClient
 from PIL import Image
 from scipy.stats import binomtest
 
-from cifar_lab.data import CIFAR10_CLASSES, CIFAR10DataModule
+from cifar_lab.data import CIFAR10DataModule
+from cifar_lab.dataset import CIFAR10_CLASSES
 from cifar_lab.files import read_json
 from cifar_lab.gradient_table import COLUMNS
 from cifar_lab.predict import predict

@@ -17,9 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar_lab import cli, data, predict
+from cifar_lab import cli, dataset, predict
+from cifar_lab.checkpoint import CheckpointError
 from cifar_lab.evaluate import evaluate
-from cifar_lab.fit import CheckpointError, restore
+from cifar_lab.fit import restore
 from cifar_lab.models import ARCHITECTURES
 from cifar_lab.predict import gradcam, heat_map, main, occlusion
 from cifar_lab.recipe import InputError, Recipe
@@ -383,7 +384,7 @@ def test_a_map_is_of_the_class_that_was_asked_for(make_checkpoint: MakeCheckpoin
         heat_map(checkpoint, image, label="quince")
     with pytest.raises(InputError, match=r"method: 'magic'\. Legal: occlusion, gradcam"):
         heat_map(checkpoint, image, "magic")
-    with pytest.raises(data.DataError, match="is not a readable image"):
+    with pytest.raises(dataset.DataError, match="is not a readable image"):
         heat_map(checkpoint, checkpoint)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from cifar_lab import cli, progress
-from cifar_lab.data import DataError, load
+from cifar_lab.dataset import DataError, load
 from cifar_lab.evaluate import evaluate
 from cifar_lab.fit import fit
 from cifar_lab.recipe import Recipe

@@ -24,9 +24,9 @@ from sklearn.metrics import accuracy_score, confusion_matrix
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 
+from cifar_lab.checkpoint import CURVE_COLUMNS, Row
 from cifar_lab.evaluate import accuracy_interval, wilson
 from cifar_lab.files import sha256
-from cifar_lab.fit import CURVE_COLUMNS, Row
 from tune import campaign
 from tune.cluster import Job
 from tune.experiment import Experiment, Status

@@ -14,8 +14,9 @@ from conftest import interrupted
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
+from cifar_lab.checkpoint import Row, read_checkpoint
 from cifar_lab.data import CIFAR10DataModule
-from cifar_lab.fit import Row, fit, read_checkpoint
+from cifar_lab.fit import fit
 from cifar_lab.layers import memory_format
 from cifar_lab.models import build
 from cifar_lab.models.speed_cnn import BIAS_LR, DIRECTIONS, PATCH, WHITENING_EPS, BatchNorm, SpeedCNN, convolution

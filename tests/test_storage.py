@@ -9,8 +9,9 @@ import fsspec
 import pytest
 
 import tune.storage
+from cifar_lab.checkpoint import newest
 from cifar_lab.files import LAST, PREVIOUS
-from cifar_lab.fit import fit, newest
+from cifar_lab.fit import fit
 from cifar_lab.recipe import InputError, Recipe
 from tune.storage import Mirror, checked, seen, token
 

@@ -20,24 +20,23 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import Tensor
 
 from cifar_lab import augment, machine
-from cifar_lab.classifier import ImageClassifier, macro_f1
-from cifar_lab.cli import exit_status
-from cifar_lab.data import CIFAR10DataModule, DataError
-from cifar_lab.evaluate import main as evaluate_command
-from cifar_lab.fit import (
+from cifar_lab.checkpoint import (
     CURVE_COLUMNS,
-    FEW_STEPS,
     CheckpointError,
     Row,
     Run,
     difference,
     ended_run,
-    fit,
     read_checkpoint,
-    shortage,
-    trainer,
 )
+from cifar_lab.classifier import ImageClassifier, macro_f1
+from cifar_lab.cli import exit_status
+from cifar_lab.data import CIFAR10DataModule
+from cifar_lab.dataset import DataError
+from cifar_lab.evaluate import main as evaluate_command
+from cifar_lab.fit import fit, trainer
 from cifar_lab.models.resnet import ResNet
+from cifar_lab.prepare import FEW_STEPS, shortage
 from cifar_lab.recipe import InputError, Recipe
 from cifar_lab.train import main as train_command
 

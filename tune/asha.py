@@ -16,7 +16,7 @@ def main(argv: Sequence[str]) -> int:
         resources.per_trial(question.options, resources.here())
     else:
         resources.check_address(question.options.address)
-    # Lightning and Ray take seconds to import: not before the question is known to be a legal one.
+    # Ray takes seconds to import: not before the question is known to be a legal one.
     from tune.search import Search
 
     search = Search(question)

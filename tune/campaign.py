@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import importlib
 import math
 import os
 import shutil
 import statistics
 import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from cifar_lab import cli, fit, machine
+from cifar_lab import cli, machine
 from cifar_lab.board import Board
-from cifar_lab.data import decoded
+from cifar_lab.checkpoint import Row, finite
+from cifar_lab.dataset import decoded
 from cifar_lab.evaluate import check_test_set
-from cifar_lab.files import size, unwritable, write_json
-from cifar_lab.fit import Row, finite, shortage
+from cifar_lab.files import HUNG, size, unwritable, write_json
+from cifar_lab.prepare import prepare, shortage
 from cifar_lab.recipe import InputError, Recipe
 from tune import resources, storage
 from tune.cluster import Job, alive, blind, cluster, on_a_worker, run_jobs, shipped
 from tune.experiment import Experiment, Trial, locked
-from tune.heartbeat import HUNG
 from tune.plan import checkpoint_bytes, record_bytes, seconds_per_image
 from tune.question import Question, question_file, unbegun
 from tune.view import View
@@ -46,6 +49,7 @@ class Campaign(ABC, Generic[Q]):
     """Trainings under way: their question, their record, their view."""
 
     WHAT: ClassVar[str]  # a search, a grid: what it is called when it speaks
+    AFTERWARDS: ClassVar[tuple[str, ...]]  # modules that are wanted when all is trained
     before: list[dict[str, Any]] | None = None  # the answers of a study's variants before it, which --json lists
 
     def __init__(self, question: Q) -> None:
@@ -166,7 +170,7 @@ class Campaign(ABC, Generic[Q]):
             InputError: they do not.
         """
         base, earlier, options = self.question.base, self.question.earlier, self.question.options
-        self.data = fit.prepare(base)
+        self.data = prepare(base)
         check_test_set(base, self.data.classes)
         # Of a cluster that is still to be joined this is a guess, to be mended when it is.
         asked = {"CPU": float(options.cpus_per_trial), "GPU": math.ceil(options.gpus_per_trial or 0)}
@@ -259,6 +263,7 @@ class Campaign(ABC, Generic[Q]):
     def run_tasks(self, tasks: Callable[[], Iterable[Task]], view: View) -> None:
         """Run what `tasks` gives, asked again whenever there is room for another, with this campaign's resources."""
         name, place = self.folder.name, self.folder / "tensorboard"
+        importing = threading.Thread(target=self.import_afterwards)
         known: dict[str, Task] = {}
         boards: dict[str, Board] = {}
 
@@ -271,6 +276,8 @@ class Campaign(ABC, Generic[Q]):
                 yield job
 
         def judge(job_id: str, row: Row) -> bool:
+            if importing.ident is None:
+                importing.start()
             view.heard(job_id, row)
             stop = known[job_id].judge(row)
             # As curves.csv has it: an epoch that had to be trained again keeps its first row.
@@ -297,6 +304,12 @@ class Campaign(ABC, Generic[Q]):
                 last_words=self.last_words,
                 named=self.question.dashboard,
             )
+
+    def import_afterwards(self) -> None:
+        """Import, beside the trainings, what comes after them: it takes seconds."""
+        with contextlib.suppress(Exception):  # raised again where it is wanted
+            for module in self.AFTERWARDS:
+                importlib.import_module(module)
 
     def job(self, job_id: str, recipe: Recipe) -> Job:
         """A training; a worker may stand elsewhere, so its places are absolute."""

@@ -39,7 +39,7 @@ import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cifar_lab import machine
-from cifar_lab.data import opened
+from cifar_lab.dataset import opened
 from cifar_lab.files import unwritable
 from tune.scheduler import ASHA
 from tune.storage import Mirror, seen, token

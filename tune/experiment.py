@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from cifar_lab.checkpoint import CURVE_COLUMNS, Row, Run, best_row, discard_state, newest
 from cifar_lab.files import PREVIOUS, read_csv, write_csv
-from cifar_lab.fit import CURVE_COLUMNS, Row, Run, best_row, discard_state, newest
 from cifar_lab.recipe import InputError
 
 Status = Literal["completed", "stopped", "diverged", "failed", "pending"]

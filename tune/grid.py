@@ -9,15 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cifar_lab.checkpoint import best_record
 from cifar_lab.evaluate import accuracy_interval, wilson
 from cifar_lab.files import read_json, size, write_csv, write_json
-from cifar_lab.fit import best_record
 from cifar_lab.recipe import Recipe
 from tune.campaign import Campaign
 from tune.cluster import Job
 from tune.experiment import Status, Trial
 from tune.grid_question import GridQuestion
-from tune.report import write_grid_report
 from tune.space import edges
 from tune.view import duration, settings
 
@@ -84,6 +83,7 @@ class Grid(Campaign[GridQuestion]):
     """A grid under way."""
 
     WHAT = "grid"
+    AFTERWARDS = ("scipy.stats", "tune.report")
 
     def recipes(self) -> list[Recipe]:
         return [self.question.base.replace(**setting) for setting in self.question.settings]
@@ -190,6 +190,8 @@ class Grid(Campaign[GridQuestion]):
         columns = list(dict.fromkeys(name for row in rows for name in row))
         columns.sort(key=lambda name: name in ("status", "reason"))  # a setting without an epoch lacks the metrics
         write_csv(self.folder / "settings.csv", columns, rows)
+        from tune.report import write_grid_report
+
         write_grid_report(self.folder)
 
     def result(self) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 
 from pytorch_lightning.callbacks import Callback
 
+from cifar_lab.files import HUNG
+
 INTERVAL = 1.0  # seconds between two beats at least: a step may take two milliseconds
-HUNG = "hung"  # a note in the folder of the checkpoints
 
 # A process of its own: it also kills what hangs in native code, or was stopped by a signal. It ends with its parent.
 WATCH = """

@@ -101,7 +101,7 @@ def combinations(grid: dict[str, list[Any]]) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     question = ask(argv)
-    # Ray and Lightning take seconds to import: not before the question is known to be a legal one.
+    # Ray takes seconds to import: not before the question is known to be a legal one.
     from tune.grid import Grid
 
     grid = Grid(question)

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 from ray.util.metrics import Gauge
 
-from cifar_lab.fit import Row
+from cifar_lab.checkpoint import Row
 
 # Ray puts "ray_" before a name. Its tags: trial, a job's id; search, the name of the folder.
 DESCRIPTIONS = {

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from cifar_lab import cli, plots
-from cifar_lab.data import CIFAR10DataModule
+from cifar_lab.dataset import TrainingSet
 from cifar_lab.evaluate import Evaluation, accuracy_interval, evaluate, record_of_test, wilson
 from cifar_lab.files import read_csv, read_json, read_table, write_csv, write_json
 from cifar_lab.gradient_table import verdicts
@@ -190,7 +190,7 @@ def grid_rows(study: Study, grid: Grid) -> list[Row]:
     if study.tta != "none" or any("test" in figure.metric for figure in study.published):
         read_test(question, grid.experiment, made, study.tta)
     told = scaled(study, question)
-    images = len(CIFAR10DataModule(question.base).train_indices)
+    images = len(TrainingSet(question.base).train_indices)
     cells = shared_cells(question, told, images, str(question.base.seed))
     small = bool(told) or question.base.limit_train is not None
     return rows_of(study, grid_found(study, question.folder, made), cells, small)
@@ -336,7 +336,7 @@ def test_row(answer: Evaluation) -> dict[str, Any]:
 
 def search_rows(study: Study, question: SearchQuestion) -> list[Row]:
     """The rows of a search: of its winner, over the seeds."""
-    data, told = CIFAR10DataModule(question.base), scaled(study, question)
+    data, told = TrainingSet(question.base), scaled(study, question)
     seeds = " ".join(row["seed"] for row in winner_rows(question.folder))
     cells = shared_cells(question, told, len(data.train_indices), seeds)
     small = bool(told) or question.base.limit_train is not None

@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
+from cifar_lab.checkpoint import CheckpointError, Row, best_record, ended_run, finite
 from cifar_lab.evaluate import evaluate, record_of_test
 from cifar_lab.files import read_json, size, write_json
-from cifar_lab.fit import CheckpointError, Row, best_record, ended_run, finite
 from cifar_lab.recipe import Recipe
-from cifar_lab.report import headline
 from tune.campaign import Campaign, Task
 from tune.experiment import finalist_id
 from tune.plan import expected_epochs, sizes
 from tune.question import SearchQuestion
-from tune.report import write_report
 from tune.scheduler import Rungs
 from tune.space import edges
 from tune.view import duration, settings
@@ -26,6 +24,7 @@ class Search(Campaign[SearchQuestion]):
     """A search under way."""
 
     WHAT = "search"
+    AFTERWARDS = ("cifar_lab.fit", "scipy.stats", "sklearn.ensemble", "tune.report")
 
     def __init__(self, question: SearchQuestion) -> None:
         super().__init__(question)
@@ -180,12 +179,16 @@ class Search(Campaign[SearchQuestion]):
         return super().outlook()
 
     def report(self) -> None:
+        from tune.report import write_report
+
         write_report(self.folder)
 
     def result(self) -> str:
         place = self.folder / "best.json"
         if not place.exists():
             return self.state()
+        from cifar_lab.report import headline
+
         found = read_json(place)
         recipe = self.question.recipe(found["trial_id"])
         chosen = settings({name: getattr(recipe, name) for name in self.question.space})

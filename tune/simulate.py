@@ -442,7 +442,7 @@ def main(argv: Sequence[str]) -> int:
 
 def draw(output: Path) -> None:
     """Draw the folder's simulation.csv."""
-    from cifar_lab import plots  # which imports Lightning: not before there is something to draw
+    from cifar_lab import plots  # which takes a second to import: not before there is something to draw
 
     plots.save(plots.simulation(pd.read_csv(output / "simulation.csv")), output / "figures" / "simulation.png")
 

@@ -320,7 +320,7 @@ def main(argv: Sequence[str]) -> int:
             line += ["--variant", study.variant]
         line = ["python", "-m", "tune.study", name, *line]
         questions.append(question_of(study, given, own, **switches, words=shlex.join(line)))
-    # Ray and Lightning take seconds to import: not before the questions are known to be legal ones.
+    # Ray takes seconds to import: not before the questions are known to be legal ones.
     from tune.reproduce import reproduce
 
     status, answers = cli.DONE, list[dict[str, Any]]()

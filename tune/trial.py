@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
@@ -25,10 +26,13 @@ def run_trial(config: dict[str, Any]) -> None:
     Ray waits for the scheduler's decision in each report, so that a stopped trial trains no epoch in vain. The first
     report of a trial that goes on repeats its last epoch: the driver may have died before it heard of it.
     """
+    gc.set_threshold(100_000)  # as `cli.run` has it: a worker too imports Lightning
     from cifar_lab import machine
-    from cifar_lab.data import CIFAR10DataModule, received
+    from cifar_lab.checkpoint import Row
+    from cifar_lab.data import CIFAR10DataModule
+    from cifar_lab.dataset import received
     from cifar_lab.files import LAST
-    from cifar_lab.fit import Row, fit
+    from cifar_lab.fit import fit
     from cifar_lab.gradients import GradientWatch
     from tune.heartbeat import watched
     from tune.metrics import Gauges

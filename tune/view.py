@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from cifar_lab.fit import Row
+    from cifar_lab.checkpoint import Row
     from tune.experiment import Experiment, Trial
 
 SHOWN = 12  # rows of the table
