@@ -23,7 +23,8 @@ selects by validation alone, unless its variant is `as_reported`. The interval i
 where there are several, else the Wilson interval of n images. Where ours is empty the remarks say why. Each folder
 `STUDY/VARIANT` holds a run's tables and figures; `python -m tune.report results/STUDY/VARIANT` writes its page. Each
 reading of the test set is a line of its `test_readings.jsonl`; the runs of 000-final, 003-lr and, corrected,
-001-classic-cnn are older than that log and have none. What did not work is in [LOG.md](LOG.md).
+001-classic-cnn are older than that log and have none. The folders `speed_cnn_94-seed-N` and `speed_cnn_96-seed-N` are
+trainings of the presets of that name, which are no study: [LOG.md](LOG.md) tells them, and what did not work.
 """
 
 
