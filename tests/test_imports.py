@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -136,3 +137,21 @@ def test_what_need_not_wait_for_heavy_packages_starts_without_them(modules: str,
     asked = f"import sys, {modules}; print(*{heavy} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", asked], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+def test_a_search_has_imported_what_its_report_wants_when_its_trainings_end(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "results" / "001-classic-cnn" / "corrected", tmp_path / "run")
+    code = """
+import importlib, pathlib, sys
+from tune.search import Search
+for module in Search.AFTERWARDS:
+    importlib.import_module(module)
+packages = lambda: {name.partition(".")[0] for name in sys.modules}
+before = packages()
+from tune.report import write_report
+write_report(pathlib.Path(sys.argv[1]))
+print(*packages() - before)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [] and (tmp_path / "run" / "report.html").exists()
