@@ -59,6 +59,18 @@ def test_threads_of_a_worker_share_their_memory(processors: list[dict[str, float
     assert on_a_worker(os.getenv, {"CPU": 1.0, "GPU": 0.0}, "MALLOC_ARENA_MAX") == "1"
 
 
+def test_trials_get_the_workers_that_ray_has_started(processors: list[dict[str, float]], tmp_path: Path) -> None:
+    on_a_worker(os.getenv, {"CPU": 1.0, "GPU": 0.0}, "HOME")  # when one answers they are there
+    waiting = {process.pid for process in processes("ray::IDLE")}
+
+    def look(config: dict[str, Any]) -> None:
+        ray.tune.report({"worker": os.getpid()})
+
+    where = ray.tune.RunConfig(storage_path=str(tmp_path), verbose=0)
+    (trial,) = ray.tune.Tuner(look, run_config=where).fit()
+    assert trial.metrics is not None and trial.metrics["worker"] in waiting
+
+
 def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: list[dict[str, float]], tmp_path: Path) -> None:
     started: list[str] = []
     ended: list[str] = []

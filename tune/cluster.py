@@ -34,6 +34,7 @@ os.environ.setdefault("MALLOC_ARENA_MAX", "1")
 import ray
 import ray._private.worker
 import ray.tune
+import ray.tune.execution.class_cache as actors
 import ray.tune.search
 import torch
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -116,6 +117,7 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
     }
     # Workers do not stand where the driver does: what names a place is made absolute for them.
     os.environ.update({name: str(Path(os.environ[name]).absolute()) for name in PLACES if os.environ.get(name)})
+    os.environ.update(actors.DEFAULT_ENV_VARS)
     if address is not None:
         options = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     ray._private.worker._worker_logs_enabled = False  # a dead worker is our news to tell, in a line
@@ -131,12 +133,26 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
             "for a token wants RAY_AUTH_MODE=token in the environment."
         ) from error
     try:
-        yield Joined(
-            [node["Resources"] for node in ray.nodes() if node["Alive"]],  # type: ignore[no-untyped-call]
-            context.dashboard_url or "" if dashboard else "",
-        )
+        with contextlib.nullcontext() if address is not None else one_environment():
+            yield Joined(
+                [node["Resources"] for node in ray.nodes() if node["Alive"]],  # type: ignore[no-untyped-call]
+                context.dashboard_url or "" if dashboard else "",
+            )
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def one_environment() -> Iterator[None]:
+    """Tune's actors in the driver's environment, as the workers that Ray has started: for another it starts others."""
+    own, passed_on = dict(actors.DEFAULT_ENV_VARS), set(actors.ENV_VARS_TO_PROPAGATE)
+    actors.DEFAULT_ENV_VARS.clear()
+    actors.ENV_VARS_TO_PROPAGATE.clear()
+    try:
+        yield
+    finally:
+        actors.DEFAULT_ENV_VARS.update(own)
+        actors.ENV_VARS_TO_PROPAGATE.update(passed_on)
 
 
 @contextlib.contextmanager
