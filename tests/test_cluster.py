@@ -28,7 +28,7 @@ from tune.cluster import Job, _Listener, alive, cause, cluster, on_a_worker, run
 
 @pytest.fixture(scope="module")
 def processors() -> Iterator[list[dict[str, float]]]:
-    with cluster(None, dashboard=False) as joined:
+    with contextlib.ExitStack() as afterwards, cluster(None, afterwards, dashboard=False) as joined:
         yield joined.machines
 
 

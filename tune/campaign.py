@@ -113,7 +113,7 @@ class Campaign(ABC, Generic[Q]):
                 self.say(f"This {self.WHAT} is finished; nothing was changed. {self.result()}")
                 return cli.DONE
         self.prepare()
-        with locked(self.folder):
+        with locked(self.folder), contextlib.ExitStack() as afterwards:
             if self.question.earlier is None and not unbegun(self.folder):
                 cli.check_new(self.folder)  # another was quicker
             self.open_record()
@@ -121,7 +121,7 @@ class Campaign(ABC, Generic[Q]):
             possible = False
             try:
                 options, served = self.question.options, self.question.dashboard
-                with cluster(options.address, dashboard=served) as joined, alive(self.last_words):
+                with cluster(options.address, afterwards, dashboard=served) as joined, alive(self.last_words):
                     self.use(joined.machines)
                     self.check_disk()
                     if options.address is not None:

@@ -100,8 +100,10 @@ class Joined:
 
 
 @contextlib.contextmanager
-def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
+def cluster(address: str | None, afterwards: contextlib.ExitStack, *, dashboard: bool) -> Iterator[Joined]:
     """Join the cluster at `address`, or start one of this machine's processors, which ends with the block.
+
+    Its end takes a second, beside what follows the block; `afterwards` waits for it.
 
     Raises:
         InputError: no cluster answers at that address.
@@ -139,7 +141,11 @@ def cluster(address: str | None, *, dashboard: bool) -> Iterator[Joined]:
                 context.dashboard_url or "" if dashboard else "",
             )
     finally:
-        ray.shutdown()
+        leaving = threading.Thread(target=ray.shutdown)
+        leaving.start()
+        afterwards.callback(leaving.join)
+        if torch.cuda.is_available():  # what follows may want the memory that trials have there
+            leaving.join()
 
 
 @contextlib.contextmanager
