@@ -54,6 +54,27 @@ def run(folder: Path, made: list[Job] | Callable[[], list[Job]], *, concurrent: 
     run_jobs(known, **(quiet | hooks), takes=takes, concurrent=concurrent, scratch=folder / "ray")
 
 
+@pytest.mark.parametrize("gpu", [False, True])
+def test_ray_ends_beside_what_follows_unless_that_may_want_its_gpu(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    ended, followed = threading.Event(), threading.Event()
+
+    def shutdown() -> None:
+        followed.wait(0 if gpu else 60)
+        time.sleep(0.2)
+        ended.set()
+
+    monkeypatch.setattr(ray, "init", lambda **_: types.SimpleNamespace(dashboard_url=None))
+    monkeypatch.setattr(ray, "nodes", list)
+    monkeypatch.setattr(ray, "shutdown", shutdown)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    with contextlib.ExitStack() as afterwards:
+        with cluster(None, afterwards, dashboard=False):
+            pass
+        assert ended.is_set() == gpu
+        followed.set()
+    assert ended.is_set()
+
+
 def test_threads_of_a_worker_share_their_memory(processors: list[dict[str, float]]) -> None:
     # What comes of it is measured by tests/check_reuse.py.
     assert on_a_worker(os.getenv, {"CPU": 1.0, "GPU": 0.0}, "MALLOC_ARENA_MAX") == "1"
