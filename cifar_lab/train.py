@@ -55,7 +55,6 @@ def main(argv: Sequence[str]) -> int:
     from cifar_lab.checkpoint import CURVE_COLUMNS, Row, best_record, newest, recorded
     from cifar_lab.files import write_csv, write_json
     from cifar_lab.prepare import prepare, shortage
-    from cifar_lab.report import headline, write_report
 
     def ended(status: str, text: str, resume: str | None = None) -> None:
         """Print the end: the text, or JSON."""
@@ -73,10 +72,11 @@ def main(argv: Sequence[str]) -> int:
             ended("completed", "This training is finished; nothing was changed.")
             return cli.DONE
     images = prepare(recipe)
-    # Lightning takes seconds to import: not before the recipe is known to be legal, the images to be there.
+    # Lightning and plots take seconds to import: not before the recipe is known to be legal, the images to be there.
     from cifar_lab.data import CIFAR10DataModule
     from cifar_lab.fit import fit
     from cifar_lab.gradients import GradientWatch
+    from cifar_lab.report import headline, write_report
 
     cli.make_folder(checkpoints, options.results_dir)
     if found is None:

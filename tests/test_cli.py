@@ -120,6 +120,15 @@ def test_a_typo_exits_2_within_one_paragraph_and_loads_neither_lightning_nor_ray
 
 
 @pytest.mark.parametrize("module", ["tune.asha", "cifar_lab.train"])
+def test_missing_images_are_told_before_lightning_is_imported(module: str, tmp_path: Path) -> None:
+    words = ["--arch", "classic_cnn", "--dataset", "folder", "--data_dir", str(tmp_path / "none")]
+    done = run("-X", "importtime", "-m", module, *words, "--results_dir", str(tmp_path))
+    loaded = {line.split("|")[-1].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    assert done.returncode == 2 and "torch" in loaded
+    assert not loaded & {"pytorch_lightning", "matplotlib"} and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["tune.asha", "cifar_lab.train"])
 def test_help_names_every_field_with_its_docstring_and_stays_light(module: str) -> None:
     done = run("-X", "importtime", "-m", module, "--arch", "classic_cnn", "--help")
     assert done.returncode == 0

@@ -58,14 +58,20 @@ def run(folder: Path, made: list[Job] | Callable[[], list[Job]], *, concurrent: 
 def test_ray_ends_beside_what_follows_unless_that_may_want_its_gpu(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
     ended, followed = threading.Event(), threading.Event()
 
-    def shutdown() -> None:
-        followed.wait(0 if gpu else 60)
-        time.sleep(0.2)
-        ended.set()
+    class Node:
+        def destroy_external_storage(self) -> None:
+            followed.wait(0 if gpu else 60)
+
+        def kill_all_processes(self, **_: bool) -> None:
+            time.sleep(0.2)
+            os.kill(os.getpid(), signal.SIGINT)  # while it is waited for, when all is done
+            time.sleep(0.2)
+            ended.set()
 
     monkeypatch.setattr(ray, "init", lambda **_: types.SimpleNamespace(dashboard_url=None))
     monkeypatch.setattr(ray, "nodes", list)
-    monkeypatch.setattr(ray, "shutdown", shutdown)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray._private.worker, "_global_node", Node())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     with contextlib.ExitStack() as afterwards:
         with cluster(None, afterwards, dashboard=False):
@@ -81,15 +87,18 @@ def test_threads_of_a_worker_share_their_memory(processors: list[dict[str, float
 
 
 def test_trials_get_the_workers_that_ray_has_started(processors: list[dict[str, float]], tmp_path: Path) -> None:
-    on_a_worker(os.getenv, {"CPU": 1.0, "GPU": 0.0}, "HOME")  # when one answers they are there
-    waiting = {process.pid for process in processes("ray::IDLE")}
+    patience = time.monotonic() + 60
+    while len(waiting := {process.pid for process in processes("ray::IDLE")}) < processors[0]["CPU"]:
+        assert time.monotonic() < patience, waiting
+        time.sleep(0.1)
 
     def look(config: dict[str, Any]) -> None:
-        ray.tune.report({"worker": os.getpid()})
+        ray.tune.report({"worker": os.getpid(), "fork": os.environ["PL_DISABLE_FORK"]})
 
     where = ray.tune.RunConfig(storage_path=str(tmp_path), verbose=0)
     (trial,) = ray.tune.Tuner(look, run_config=where).fit()
     assert trial.metrics is not None and trial.metrics["worker"] in waiting
+    assert trial.metrics["fork"] == "1", "as Tune would have given it to a worker of its own"
 
 
 def test_an_error_of_ours_ends_all_jobs_and_is_raised(processors: list[dict[str, float]], tmp_path: Path) -> None:

@@ -139,18 +139,26 @@ def test_what_need_not_wait_for_heavy_packages_starts_without_them(modules: str,
     assert done.stdout.strip() == ""
 
 
-def test_a_search_has_imported_what_its_report_wants_when_its_trainings_end(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "results" / "001-classic-cnn" / "corrected", tmp_path / "run")
-    code = """
+@pytest.mark.parametrize(
+    ("module", "name", "report", "experiment"),
+    [("search", "Search", "write_report", "001-classic-cnn"), ("grid", "Grid", "write_grid_report", "002-lr")],
+    ids=["search", "grid"],
+)
+def test_what_the_end_wants_is_among_what_is_imported_beside_the_trainings(
+    module: str, name: str, report: str, experiment: str, tmp_path: Path
+) -> None:
+    shutil.copytree(ROOT / "results" / experiment / "corrected", tmp_path / "run")
+    early = {"pytorch_lightning"} if module == "search" else set()  # to test the finalists
+    code = f"""
 import importlib, pathlib, sys
-from tune.search import Search
-for module in Search.AFTERWARDS:
+from tune.{module} import {name}
+for module in {name}.AFTERWARDS:
     importlib.import_module(module)
-packages = lambda: {name.partition(".")[0] for name in sys.modules}
+packages = lambda: {{name.partition(".")[0] for name in sys.modules}}
 before = packages()
-from tune.report import write_report
-write_report(pathlib.Path(sys.argv[1]))
-print(*packages() - before)
+from tune.report import {report}
+{report}(pathlib.Path(sys.argv[1]))
+print(*packages() - before, *{early} - before)
 """
     words = [sys.executable, "-c", code, str(tmp_path / "run")]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)

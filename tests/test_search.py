@@ -438,13 +438,39 @@ def row(epoch: int, val_acc: float) -> Row:
     return dict.fromkeys((*CURVE_COLUMNS, "gpu_share"), 0.5) | {"epoch": epoch, "val_acc": val_acc}
 
 
+def prepared(folder: Path) -> Search:
+    """A search of four trials, before any has begun."""
+    words = "--arch classic_cnn --dataset digits --num_samples 4 --max_epochs 1 --finalists 2 --finalist_seeds 2"
+    search = Search(ask([*words.split(), "--quiet", "--gpus_per_trial", "0", "--results_dir", str(folder)]))
+    search.prepare()
+    search.open_record()
+    return search
+
+
+def test_what_the_end_wants_is_imported_while_trials_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wanted_afterwards.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(Search, "AFTERWARDS", ("wanted_afterwards",))
+    imported: list[bool] = []
+
+    def run(jobs: Callable[[], Iterable[Job]], *, judge: Any, **rest: Any) -> None:
+        assert list(jobs())
+        imported.append("wanted_afterwards" in sys.modules)
+        judge("T000", row(1, 0.5))
+        patience = time.monotonic() + 60
+        while "wanted_afterwards" not in sys.modules and time.monotonic() < patience:
+            time.sleep(0.01)
+        imported.append("wanted_afterwards" in sys.modules)
+
+    monkeypatch.setattr(campaign, "run_jobs", run)
+    prepared(tmp_path / "results").work()
+    assert imported == [False, True]
+
+
 def test_a_free_place_is_given_to_a_finalist_as_soon_as_no_trial_can_displace_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "--arch classic_cnn --dataset digits --num_samples 4 --max_epochs 1 --finalists 2 --finalist_seeds 2"
-    search = Search(ask([*words.split(), "--quiet", "--gpus_per_trial", "0", "--results_dir", str(tmp_path)]))
-    search.prepare()
-    search.open_record()
+    search = prepared(tmp_path)
     begun: list[list[str]] = []
 
     def run(jobs: Callable[[], Iterable[Job]], *, judge: Any, on_start: Any, on_end: Any, **rest: Any) -> None:

@@ -103,7 +103,7 @@ class Joined:
 def cluster(address: str | None, afterwards: contextlib.ExitStack, *, dashboard: bool) -> Iterator[Joined]:
     """Join the cluster at `address`, or start one of this machine's processors, which ends with the block.
 
-    Its end takes a second, beside what follows the block; `afterwards` waits for it.
+    Its processes take a second to end, beside what follows the block; `afterwards` waits for them.
 
     Raises:
         InputError: no cluster answers at that address.
@@ -141,11 +141,36 @@ def cluster(address: str | None, afterwards: contextlib.ExitStack, *, dashboard:
                 context.dashboard_url or "" if dashboard else "",
             )
     finally:
-        leaving = threading.Thread(target=ray.shutdown)
-        leaving.start()
-        afterwards.callback(leaving.join)
-        if torch.cuda.is_available():  # what follows may want the memory that trials have there
-            leaving.join()
+        node = ray._private.worker._global_node if address is None else None
+        if node is not None:
+            ray._private.worker._global_node = None
+        ray.shutdown()  # never in a thread: a reference to one of its objects that is freed meanwhile ends the process
+        if node is not None:
+            end_processes(node, afterwards)
+
+
+def end_processes(node: Any, afterwards: contextlib.ExitStack) -> None:
+    """End the processes of the cluster that was started here; `afterwards` waits for it, whatever interrupts."""
+    ended = threading.Event()
+
+    def end() -> None:
+        try:
+            node.destroy_external_storage()
+            node.kill_all_processes(check_alive=False, allow_graceful=True)
+        finally:
+            ended.set()
+
+    def wait() -> None:
+        # Not `join`: of a thread for which an interrupted one waited, Python 3.11 believes that it has ended.
+        while thread.ident is not None and not ended.is_set():
+            with contextlib.suppress(KeyboardInterrupt, SystemExit):  # all else has been done, and told
+                ended.wait()
+
+    thread = threading.Thread(target=end)
+    afterwards.callback(wait)
+    thread.start()
+    if torch.cuda.is_available():  # what follows may want the memory that trials have there
+        wait()
 
 
 @contextlib.contextmanager

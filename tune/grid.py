@@ -83,7 +83,7 @@ class Grid(Campaign[GridQuestion]):
     """A grid under way."""
 
     WHAT = "grid"
-    AFTERWARDS = ("scipy.stats", "tune.report")
+    AFTERWARDS = ("sklearn.metrics", "tune.report")
 
     def recipes(self) -> list[Recipe]:
         return [self.question.base.replace(**setting) for setting in self.question.settings]

@@ -24,7 +24,7 @@ class Search(Campaign[SearchQuestion]):
     """A search under way."""
 
     WHAT = "search"
-    AFTERWARDS = ("cifar_lab.fit", "scipy.stats", "sklearn.ensemble", "tune.report")
+    AFTERWARDS = ("cifar_lab.fit", "sklearn.ensemble", "tune.report")
 
     def __init__(self, question: SearchQuestion) -> None:
         super().__init__(question)
