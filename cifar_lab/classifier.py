@@ -152,6 +152,16 @@ class ImageClassifier(pl.LightningModule):
         if self.averaged is not None:
             self.averaged.update_parameters(self.network)
 
+    # Two hooks for their cost a step: Lightning would look whether its Trainer clips, PyTorch whether it is profiled.
+
+    def configure_gradient_clipping(self, *_: Any, **__: Any) -> None:
+        pass  # `on_before_optimizer_step` does
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def on_validation_epoch_start(self) -> None:
         self.val_loss_sum.zero_()
         self.confusion.zero_()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 
 from cifar_lab.recipe import InputError
 from tune.question import ask, question_file
@@ -32,6 +35,7 @@ from tune.simulate import (
     replay,
     simulate,
     summary,
+    tables,
     time_unit,
     whole_command,
 )
@@ -195,6 +199,17 @@ def test_with_a_worker_a_trial_the_order_is_of_no_account() -> None:
 @pytest.mark.parametrize(("seconds", "unit"), [(119, "s"), (120, "min"), (7200, "h"), (4e5, "days")])
 def test_times_are_given_in_a_unit_that_they_fill_twice(seconds: float, unit: str) -> None:
     assert time_unit(seconds)[0] == unit
+
+
+@pytest.mark.parametrize("seconds", [9.99, 9.999, 119.99, 7199.9, 172799.0, 86400.0 * 150])
+def test_the_widest_figures_are_not_cut_at_80_columns(seconds: float) -> None:
+    of_seconds = ("wall_seconds", "wall_seconds_to_target")
+    row: dict[str, Any] = {"workers": 512, "policy": "median stopping", "epochs": 9999.0, "reached": 1.0}
+    for name, value in {"val_acc": 0.99, "epochs_to_target": 9999.0, **dict.fromkeys(of_seconds, seconds)}.items():
+        row |= dict.fromkeys((f"{name}_low", name, f"{name}_high"), value)
+    page = Console(width=80, file=io.StringIO(), record=True)
+    page.print(*tables([row], 0.99))
+    assert "\u2026" not in page.export_text()
 
 
 # An experiment

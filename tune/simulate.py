@@ -341,7 +341,9 @@ def shown(row: dict[str, Any], name: str, decimals: int, unit: float = 1.0) -> s
 
 def tables(rows: Sequence[dict[str, Any]], target: float) -> list[Table]:
     """The rows as two tables of 80 columns: all trials, and the way to the target."""
-    name, unit = time_unit(max(row["wall_seconds_high"] for row in rows))
+    longest = max(row["wall_seconds_high"] for row in rows)
+    name, unit = time_unit(longest)
+    decimals = 2 if longest < 9.995 * unit else 1
     whole, way = Table(title="All trials"), Table(title=f"Until val_acc {target:.2%}")
     for table, columns in (
         (whole, ("workers", "policy", "epochs", f"wall time, {name}", "best val_acc, %")),
@@ -353,9 +355,9 @@ def tables(rows: Sequence[dict[str, Any]], target: float) -> list[Table]:
             table.add_column(column, justify="left" if column == "policy" else "right", no_wrap=True)
     for row in rows:
         first = str(row["workers"]), row["policy"]
-        time, accuracy = shown(row, "wall_seconds", 2, unit), shown(row, "val_acc", 2, 0.01)
+        time, accuracy = shown(row, "wall_seconds", decimals, unit), shown(row, "val_acc", 2, 0.01)
         whole.add_row(*first, f"{row['epochs']:.0f}", time, accuracy)
-        epochs, time = shown(row, "epochs_to_target", 0), shown(row, "wall_seconds_to_target", 2, unit)
+        epochs, time = shown(row, "epochs_to_target", 0), shown(row, "wall_seconds_to_target", decimals, unit)
         way.add_row(*first, f"{row['reached']:.0%}", epochs, time)
     return [whole, way]
 
