@@ -61,6 +61,25 @@ def test_what_would_make_lightnings_steps_longer_is_still_there_to_be_avoided(tm
     assert profiler.profile("one") is profiler.profile("another"), "no context is made at every hook"
 
 
+def test_each_step_has_the_gradient_of_its_own_batch_alone(tmp_path: Path) -> None:
+    def gradients(batch_size: int) -> list[torch.Tensor]:
+        """The gradient at every step of an epoch, in which the weights stay as they are."""
+        found: list[torch.Tensor] = []
+
+        class Look(pl.Callback):
+            def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+                own = [parameter.grad for parameter in pl_module.parameters()]
+                found.append(torch.cat([gradient.flatten() for gradient in own if gradient is not None]))
+
+        still: dict[str, Any] = {"optimizer": "sgd", "lr": 1e-12, "max_epochs": 1, "augment": False, "dropout": 0.0}
+        fit(recipe(**still, batch_size=batch_size), tmp_path / str(batch_size), callbacks=[Look()])
+        return found
+
+    (whole,), halves = gradients(120), gradients(60)
+    assert len(halves) == 2 and whole.norm() > 0
+    torch.testing.assert_close((halves[0] + halves[1]) / 2, whole, rtol=1e-3, atol=1e-6)
+
+
 def weights(folder: Path, name: str = "last.ckpt") -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = read_checkpoint(folder / name)["state_dict"]
     return found
