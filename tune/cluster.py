@@ -119,8 +119,9 @@ def cluster(address: str | None, afterwards: contextlib.ExitStack, *, dashboard:
     }
     # Workers do not stand where the driver does: what names a place is made absolute for them.
     os.environ.update({name: str(Path(os.environ[name]).absolute()) for name in PLACES if os.environ.get(name)})
-    os.environ.update(actors.DEFAULT_ENV_VARS)
-    if address is not None:
+    if address is None:
+        os.environ.update(actors.DEFAULT_ENV_VARS)  # for Ray's workers, which then do for Tune's actors
+    else:
         options = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     ray._private.worker._worker_logs_enabled = False  # a dead worker is our news to tell, in a line
     try:
@@ -135,7 +136,7 @@ def cluster(address: str | None, afterwards: contextlib.ExitStack, *, dashboard:
             "for a token wants RAY_AUTH_MODE=token in the environment."
         ) from error
     try:
-        with contextlib.nullcontext() if address is not None else one_environment():
+        with one_environment() if address is None else contextlib.nullcontext():
             yield Joined(
                 [node["Resources"] for node in ray.nodes() if node["Alive"]],  # type: ignore[no-untyped-call]
                 context.dashboard_url or "" if dashboard else "",
