@@ -114,7 +114,10 @@ def cutmix(
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """What is done to a training batch of uint8 images, in this order: crop, flip, rotate, cutout; see Recipe."""
+    """What is done to a training batch of uint8 images, in this order: crop, flip, rotate, cutout; see Recipe.
+
+    `fill` lies on the images' device: a copy to it at every step would be waited for.
+    """
 
     padding: int
     border: str
@@ -140,8 +143,7 @@ class Augmentation:
             turns = torch.rand(n, generator=generator, device=device) * 2 - 1
             images = rotate(images, turns * self.degrees)
         if self.cutout:
-            fill = self.fill.to(device)
-            images = cutout(images, draw(images.shape[2]), draw(images.shape[3]), self.cutout, fill)
+            images = cutout(images, draw(images.shape[2]), draw(images.shape[3]), self.cutout, self.fill)
         return images
 
 

@@ -92,7 +92,7 @@ class CIFAR10DataModule(TrainingSet, pl.LightningDataModule):
             flip=recipe.flip,
             degrees=recipe.rotate,
             cutout=recipe.cutout,
-            fill=fill,
+            fill=fill.to(self.images.device),
         )
         return Batches(
             self.images,

@@ -635,3 +635,11 @@ def test_more_folds_than_a_class_has_images_are_refused() -> None:
         split(labels, digits(folds=5))
     with pytest.raises(DataError, match=r"limit_train: 14\. Legal: 2, one a class, to 13, the training set"):
         split(labels, digits(folds=2, limit_train=14))
+
+
+def test_nothing_of_a_batch_lies_elsewhere_than_the_images() -> None:
+    module = CIFAR10DataModule(Recipe(arch="classic_cnn", dataset="digits", augment=True, cutout=8))
+    module.images, module.labels = module.set.images.to("meta"), module.set.labels.to("meta")  # any device but the CPU
+    batches = module.train_dataloader()
+    used = (batches.images, batches.labels, batches.indices, batches.augmentation.fill)
+    assert {tensor.device.type for tensor in used} == {"meta"}
