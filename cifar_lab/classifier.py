@@ -10,9 +10,8 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Beta
+from torch.distributions import Dirichlet
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_lab import augment, optim
 from cifar_lab.data import epoch_seed
@@ -64,10 +63,7 @@ class ImageClassifier(pl.LightningModule):
         self.network = build(self.recipe, len(classes))
         self.memory_format = memory_format(self.network)
         self.network = self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
-        self.averaged: AveragedModel | None = None
-        if self.recipe.ema:
-            decay = get_ema_multi_avg_fn(self.recipe.ema)  # type: ignore[no-untyped-call]
-            self.averaged = AveragedModel(self.network, multi_avg_fn=decay, use_buffers=True)
+        self.averaged = optim.MovingAverage(self.network, self.recipe.ema) if self.recipe.ema else None
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])
         self.register_buffer("std", torch.tensor(std)[:, None, None])
         self.metrics: dict[str, float] = {}
@@ -132,9 +128,10 @@ class ImageClassifier(pl.LightningModule):
             return images, labels, labels
         n, device = len(images), images.device
         partner = torch.randperm(n, device=device)
-        concentration = torch.full((n,), alpha, device=device)
-        share = Beta(concentration, concentration).sample()
-        targets = F.one_hot(labels, len(self.classes)).float()
+        # A Beta distribution. Whether numbers are legal would be asked of the device, and its answer waited for.
+        both = torch.full((n, 2), alpha, device=device)
+        share = Dirichlet(both, validate_args=False).sample()[:, 0]
+        targets = (labels[:, None] == torch.arange(len(self.classes), device=device)).float()
         if recipe.mixup:
             images, targets = augment.mixup(images, targets, partner, share)
         else:
@@ -170,9 +167,9 @@ class ImageClassifier(pl.LightningModule):
         images, labels = batch
         logits = self(images)
         self.val_loss_sum += F.cross_entropy(logits, labels, reduction="sum").double()
-        counts = len(self.classes)
-        cells = torch.bincount(labels * counts + logits.argmax(1), minlength=counts**2)
-        self.confusion += cells.view(counts, counts)
+        cells = labels * len(self.classes) + logits.argmax(1)
+        # bincount would make the host wait for the device.
+        self.confusion.view(-1).scatter_add_(0, cells, torch.ones_like(cells))
 
     def on_validation_epoch_end(self) -> None:
         n = int(self.confusion.sum())

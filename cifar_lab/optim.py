@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LinearLR, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_lab.recipe import Recipe
 
@@ -121,6 +123,41 @@ def orthogonal(matrix: Tensor) -> Tensor:
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
+
+
+class MovingAverage(AveragedModel):
+    """A copy of a network whose weights and running statistics are the moving average of the network's.
+
+    It begins with the network as the first `update_parameters` finds it. PyTorch's own reads its counter from the
+    device at every step, and waits for it; here that is done once.
+
+    Args:
+        network: what is averaged.
+        decay: of the average, a step.
+    """
+
+    def __init__(self, network: Module, decay: float) -> None:
+        super().__init__(network)
+        self.lerp = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+        self.begun: bool | None = None
+
+    @torch.no_grad()
+    def update_parameters(self, model: Module) -> None:
+        """Bring the average a step nearer to the network, which lies on the same device."""
+        if self.begun is None:
+            self.begun = bool(self.n_averaged > 0)
+        averages = [*self.module.parameters(), *self.module.buffers()]
+        near: tuple[list[Tensor], list[Tensor]] = [], []
+        for average, now in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=True):
+            if self.begun and average.is_floating_point():
+                near[0].append(average)
+                near[1].append(now)
+            else:
+                average.copy_(now)
+        if near[0]:
+            self.lerp(*near, self.n_averaged)
+        self.n_averaged += 1
+        self.begun = True
 
 
 def lr_factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
