@@ -38,7 +38,11 @@ LOOPS: dict[str, dict[str, Any]] = {
     "resnet": {"width": 16, "batch_size": 128},
     "classic_cnn": {"batch_size": 64},
 }
-SWITCHES = {"quiet": "print the table only", "json": "print JSON alone"}
+SWITCHES = {
+    "compiled": "measure the networks compiled as well, which takes minutes",
+    "quiet": "print the table only",
+    "json": "print JSON alone",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,12 +77,14 @@ def main(argv: Sequence[str]) -> int:
     for arch in archs:
         if arch not in ARCHITECTURES:
             raise InputError(f"--archs: {arch!r}{nearest(arch, ARCHITECTURES)} Legal: {', '.join(ARCHITECTURES)}.")
-    found = measure(archs, options) | {"command": cli.command("cifar_lab.benchmark", argv)}
+    if asked.compiled and (fault := machine.compile_fault()):
+        raise InputError(f"--compiled: PyTorch cannot compile here ({fault}).")
+    found = measure(archs, options, compiled=asked.compiled) | {"command": cli.command("cifar_lab.benchmark", argv)}
     print(cli.as_json(found) if asked.json else table(found))
     return cli.DONE
 
 
-def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
+def measure(archs: Sequence[str], options: BenchmarkOptions, *, compiled: bool = False) -> dict[str, Any]:
     """All figures, as --json prints them.
 
     Returns:
@@ -88,6 +94,8 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
         threads: of the CPU, by which these were reached.
         peak_fraction: the operations of that pass, as of plain convolutions, over those that a matrix product of the
             same precision does in its time; above 1 where Winograd spares more than is lost.
+        compiled_ratios: seconds of that pass over those of the compiled network's, in the faster precision, by
+            architecture; absent unless `compiled`.
         augment_ratio: images a second of batches that are cropped, flipped and normalised, over those of torchvision's
             loader with two workers; augment_ratios has it by transforms.
         data_shares: seconds in which a batch is made, as the architecture's own recipe augments it, over those of the
@@ -107,7 +115,8 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
     speeds: dict[str, dict[str, float]] = {arch: {} for arch in archs}
     fractions: dict[str, dict[str, float]] = {arch: {} for arch in archs}
     augment = {}
-    with progress.Bar("measuring", len(jobs) + len(TRANSFORMS)) as bar:
+    ratios = {}
+    with progress.Bar("measuring", len(jobs) + len(TRANSFORMS) + compiled * len(archs)) as bar:
         peaks = {precision: gemm_flops(precision, threads) / 1e12 for precision in precisions}
         for done, (arch, precision) in enumerate(jobs):
             bar.reached(done)
@@ -121,6 +130,9 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
         for done, (name, fields) in enumerate(TRANSFORMS.items(), len(jobs)):
             bar.reached(done)
             augment[name] = augment_ratio(fields)
+        for done, arch in enumerate(archs if compiled else [], len(jobs) + len(TRANSFORMS)):
+            bar.reached(done)
+            ratios[arch] = compiled_ratio(recipes[arch], max(speeds[arch], key=speeds[arch].__getitem__), threads)
     record = {}
     if "resnet" in archs:
         record["record_share"] = record_seconds(recipes["resnet"]) * fastest["resnet"] / EPOCH
@@ -132,6 +144,7 @@ def measure(archs: Sequence[str], options: BenchmarkOptions) -> dict[str, Any]:
         "threads": threads,
         "images_per_second": speeds,
         "peak_fraction": fractions,
+        **({"compiled_ratios": ratios} if compiled else {}),
         "augment_ratio": augment["crop, flip"],
         "augment_ratios": augment,
         "data_shares": shares,
@@ -174,6 +187,18 @@ def image_flops(recipe: Recipe) -> float:
     with counter:
         network(torch.rand(batch, 3, 32, 32)).sum().backward()
     return counter.get_total_flops() / batch
+
+
+def compiled_ratio(recipe: Recipe, precision: str, threads: int) -> float:
+    """Seconds of a forward and backward pass over those of the same network compiled; the two take turns."""
+    from cifar_lab.fit import compiled
+    from cifar_lab.models import build
+
+    networks = [build(recipe, 10) for _ in range(2)]
+    plain, other = (machine.training_pass(network, precision, recipe.batch_size) for network in networks)
+    with machine.threads_limited(threads), compiled(networks[1]):
+        ratios = [plain() / other() for _ in range(machine.REPEATS + 2)]
+    return statistics.median(ratios[2:])  # the first compiles
 
 
 def noise(count: int) -> ImageSet:
@@ -382,6 +407,9 @@ def table(found: dict[str, Any]) -> str:
     for arch, speeds in found["images_per_second"].items():
         shares = found["peak_fraction"][arch]
         lines.append(f"{arch:18}" + "".join(f"{speeds[name]:12,.0f}{shares[name]:8.0%}" for name in peaks))
+    if "compiled_ratios" in found:
+        lines += ["", "seconds of that pass over those of the network compiled"]
+        lines += [f"{arch:18}{ratio:12.2f}" for arch, ratio in found["compiled_ratios"].items()]
     lines += ["", "images/s over those of torchvision's loader with two workers"]
     lines += [f"{name:18}{ratio:12.1f}" for name, ratio in found["augment_ratios"].items()]
     lines += ["", "seconds of making a batch over those of training on it, as its recipe augments"]

@@ -8,8 +8,8 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,9 @@ from cifar_lab.files import DIGESTS, LAST, PREVIOUS, sha256, write_json
 from cifar_lab.prepare import begin
 from cifar_lab.recipe import Recipe
 
+CODES = (
+    32  # compiled of a network: by shape of a batch, training or not, what is frozen; beyond them it goes uncompiled
+)
 UNPROFILED = nullcontext()
 TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
@@ -132,7 +135,7 @@ def identity(model: ImageClassifier, checkpoint: Path) -> Record:
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says of choices that are made here on purpose."""
+    """Silence what Lightning, and PyTorch's compiler, say of choices that are made here on purpose."""
     import logging
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -144,6 +147,7 @@ def quiet_lightning() -> None:
         r".*GPU available but not used.*",
         r".*`Trainer.fit` stopped.*",
         r".*module\(s\) in eval mode at the start of training.*",
+        r".*Dynamo detected a call to a `functools.lru_cache`-wrapped function.*",
     ):
         warnings.filterwarnings("ignore", message=text)
 
@@ -174,6 +178,23 @@ def trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], **options: 
         default_root_dir=folder,
         **options,
     )
+
+
+@contextmanager
+def compiled(network: torch.nn.Module) -> Iterator[None]:
+    """Have a network compiled where it lies, for a while; its parameters keep their names.
+
+    Each shape of a batch has code of its own: code for any, which PyTorch makes at the second, would change the numbers
+    of the first, and a resumed training would not repeat them.
+    """
+    from torch._dynamo import config  # takes seconds to import
+
+    with config.patch(recompile_limit=CODES):  # type: ignore[no-untyped-call]
+        network.compile(dynamic=False)
+        try:
+            yield
+        finally:
+            torch.compiler.reset()  # else the next training of this process would soon be over the limit
 
 
 def fit(
@@ -248,7 +269,8 @@ def fit(
     )
     interrupt = signal.getsignal(signal.SIGINT)
     try:
-        made.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        with compiled(model.network) if recipe.compile else nullcontext():
+            made.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit:  # what Lightning makes of Ctrl-C, of which it lets no second one through
         if not made.interrupted or threading.current_thread() is not threading.main_thread():
             raise

@@ -66,12 +66,13 @@ class GradientWatch(Callback):
     """Observes a training of an ImageClassifier, and rewrites the CSV file after every epoch.
 
     The rows of earlier epochs are kept, so that a resumed training goes on with the table; those of the same epoch or
-    later ones are replaced. The training is not changed.
+    later ones are replaced. The training is not changed; where it is compiled, the steps that are looked at are not.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.hooks: list[RemovableHandle] = []
+        self.eager = False
         self.uses: Counter[str] = Counter()  # of each ReLU, so far in this step
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -87,6 +88,9 @@ class GradientWatch(Callback):
         self.looks = sampled(batch_idx // together, math.ceil(trainer.num_training_batches / together))
         self.uses.clear()
         if self.looks:
+            if pl_module.recipe.compile:
+                self.eager = True
+                torch.compiler.set_stance("force_eager")  # compiled code goes on calling the hooks it was compiled with
             for name, layer in pl_module.network.named_modules():
                 if isinstance(layer, nn.ReLU):
                     self.hooks.append(layer.register_forward_hook(self._watch(name)))
@@ -122,6 +126,9 @@ class GradientWatch(Callback):
 
     def unhook(self) -> None:
         """Take the hooks off the network."""
+        if self.eager:
+            torch.compiler.set_stance("default")
+            self.eager = False
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()

@@ -11,7 +11,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,9 +20,9 @@ import torch.nn.functional as F
 
 from cifar_lab import layers, winograd
 from cifar_lab.files import cache_folder, sha256, write_json
-from cifar_lab.layers import memory_format
+from cifar_lab.layers import Network, memory_format
 from cifar_lab.models import build, network_class
-from cifar_lab.recipe import Recipe
+from cifar_lab.recipe import Recipe, RecipeError
 
 REPEATS = 5
 CUDA_CONTEXT = 600e6  # bytes that a process holds on a GPU beside its tensors, about
@@ -134,6 +134,32 @@ def computes(precision: str) -> bool:
     return precision == "32" or device().type != "cpu" or capable
 
 
+def compile_fault() -> str:
+    """Why PyTorch cannot compile for this process's device, in a sentence; empty where it can.
+
+    Found by compiling something small: PyTorch needs a C++ compiler, and Triton for a GPU.
+    """
+    try:
+        torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(2, device=device()))
+    except Exception as error:
+        return str(error).strip().partition("\n")[0]
+    return ""
+
+
+def check_compile(recipes: Iterable[Recipe], fault: Callable[[], str] | None = None) -> None:
+    """See that networks which are to be compiled can be.
+
+    Args:
+        recipes: what is to be trained.
+        fault: `compile_fault`, as it answers where they are to be trained; unset: here. Asked only if it matters.
+
+    Raises:
+        RecipeError: they cannot.
+    """
+    if any(recipe.compile for recipe in recipes) and (found := (fault or compile_fault)()):
+        raise RecipeError(f"compile: True. PyTorch cannot compile where this would be trained ({found}). Legal: False.")
+
+
 def resolve_precision(recipe: Recipe) -> Recipe:
     """The recipe with `precision` measured where it is "auto": the faster of 32 and bf16 for this architecture, here.
 
@@ -175,6 +201,8 @@ def step_seconds(
 ) -> float:
     """Median seconds of a forward and backward pass of the recipe's network over one batch of noise.
 
+    Not compiled, whatever the recipe has: to compile takes longer than to measure.
+
     Args:
         recipe: whose network.
         precision: 32 or bf16.
@@ -183,20 +211,32 @@ def step_seconds(
         threads: CPU threads, as many as PyTorch takes where unset.
         repeats: passes, after a first one that does not count.
     """
-    here, batch = device(), batch or recipe.batch_size
     with threads_limited(threads):
-        network = build(recipe, 10).to(here)
-        images, labels = torch.rand(batch, 3, side, side, device=here), torch.randint(10, (batch,), device=here)
-        layout = memory_format(network)
-        network = network.to(memory_format=layout)  # type: ignore[call-overload]
-        images = images.contiguous(memory_format=layout)
-        seconds = []
-        for _ in range(repeats + 1):
-            start = time.perf_counter()
-            with torch.autocast(here.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
-                logits = network(images)
-            F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
-            if here.type == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[1:])
+        once = training_pass(build(recipe, 10), precision, batch or recipe.batch_size, side)
+        return statistics.median([once() for _ in range(repeats + 1)][1:])
+
+
+def training_pass(network: Network, precision: str, batch: int, side: int = 32) -> Callable[[], float]:
+    """A function that does a forward and backward pass over a batch of noise, and returns the seconds of it.
+
+    Args:
+        network: of 10 classes; it is moved to this process's device, in its memory format.
+        precision: 32 or bf16.
+        batch: images.
+        side: pixels of an image's side.
+    """
+    here, layout = device(), memory_format(network)
+    images, labels = torch.rand(batch, 3, side, side, device=here), torch.randint(10, (batch,), device=here)
+    network.to(here, memory_format=layout)  # type: ignore[call-overload]
+    images = images.contiguous(memory_format=layout)
+
+    def once() -> float:
+        start = time.perf_counter()
+        with torch.autocast(here.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+            logits = network(images)
+        F.cross_entropy(logits.float(), labels).backward()  # type: ignore[no-untyped-call]
+        if here.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return once

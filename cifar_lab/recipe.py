@@ -102,6 +102,7 @@ class Recipe:
         ema: decay a step of the moving average of the weights that is validated and tested; 0 is off.
         seed: seed of weights, order, augmentation and dropout; the split has its own.
         precision: 32, or bf16 (autocast); auto measures once which is faster here and writes it into the recipe.
+        compile: train the network compiled (torch.compile): its first step takes long, those after it may gain or lose.
     """
 
     arch: str = field(default="resnet")
@@ -142,6 +143,7 @@ class Recipe:
     ema: float = _fraction(0.0)
     seed: int = dial(0, "0 to 4294967295", lambda v: 0 <= v < 2**32)
     precision: Literal["auto", "32", "bf16"] = "auto"
+    compile: bool = False
 
     if TYPE_CHECKING:
 

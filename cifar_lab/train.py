@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
         if state["finished"] and (folder / "best.json").exists():
             ended("completed", "This training is finished; nothing was changed.")
             return cli.DONE
+    machine.check_compile([recipe])
     images = prepare(recipe)
     # Lightning and plots take seconds to import: not before the recipe is known to be legal, the images to be there.
     from cifar_lab.data import CIFAR10DataModule

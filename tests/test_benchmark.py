@@ -130,6 +130,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "gemm_flops", lambda precision, threads: 1e11 * threads)
     monkeypatch.setattr(benchmark, "batch_seconds", lambda recipe, threads: recipe.batch_size / 1000 / threads)
     monkeypatch.setattr(benchmark, "record_seconds", lambda recipe: 9.0)
+    monkeypatch.setattr(benchmark, "compiled_ratio", lambda recipe, precision, threads: 1.0 + 0.5 * (precision == "32"))
 
     def step_seconds(recipe: Recipe, precision: str, *, threads: int) -> float:
         return {"32": 0.2, "bf16": 0.1}[precision] / threads
@@ -157,19 +158,25 @@ def test_json_has_the_figures_by_architecture_and_precision(
     assert found["lightning_ratios"] == pytest.approx({"resnet": 1.128, "classic_cnn": 1.064})
     # A batch of ten is made in 10 ms, and trained on in 200 or, with bf16, in 100.
     assert found["data_shares"] == pytest.approx(dict.fromkeys(found["images_per_second"], max(speeds.values()) / 1000))
-    assert "record_share" not in found, "resnet was not asked for"
+    assert not {"record_share", "compiled_ratios"} & set(found), "neither was asked for"
     assert found["threads"] == torch.get_num_threads() == 1
     assert found["hardware"] == machine.hardware() and "torch" in found["versions"]
+    monkeypatch.setattr(machine, "compile_fault", lambda: "")
+    assert benchmark.main(["--json", "--compiled", "--archs", "compact_cnn"]) == 0
+    compiled = json.loads(capsys.readouterr().out)["compiled_ratios"]
+    assert compiled == {"compact_cnn": 1.5 if emulated else 1.0}, "in the faster precision"
 
 
 @pytest.mark.usefixtures("quick")
 def test_the_table_fits_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert benchmark.main([]) == 0
+    monkeypatch.setattr(machine, "compile_fault", lambda: "")
+    assert benchmark.main(["--compiled"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert max(map(len, said)) <= 80
     assert any(line.split()[:2] == ["wide_cnn", "160"] for line in said)
+    assert any(line.split() == ["wide_cnn", "1.00"] for line in said)
     assert any(line.split() == ["resnet", "6.40%"] for line in said), "9 s of the 141 that 45,000 images take in bf16"
 
 
@@ -222,6 +229,12 @@ def test_the_record_of_an_epoch_takes_as_long_as_its_checkpoints(monkeypatch: py
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", slow)
     assert 0.1 < benchmark.record_seconds(recipe) < 0.2
     assert len(written) == 2 * machine.REPEATS, "the best and the last"
+
+
+def test_what_cannot_be_compiled_is_told_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "compile_fault", lambda: "no compiler")
+    with pytest.raises(InputError, match=r"--compiled: .*no compiler"):
+        benchmark.main(["--compiled"])
 
 
 def test_an_unknown_architecture_is_refused() -> None:

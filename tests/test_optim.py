@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cifar_lab.layers import quicken
 from cifar_lab.optim import (
     QUINTIC,
     REST_LR,
     REST_MOMENTUM,
+    MovingAverage,
     clip_adaptively,
     lr_factor,
     optimizer,
@@ -304,3 +306,29 @@ def test_muon_keeps_the_layout_of_filters_in_channels_last() -> None:
     muon(plain).step(), muon(last).step()
     assert last[0].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(plain[0], last[0])
+
+
+def test_the_average_is_pytorchs_own_also_when_it_goes_on() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    theirs = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(0.9), use_buffers=True)  # type: ignore[no-untyped-call]
+    ours = MovingAverage(network, 0.9)
+
+    def advance() -> None:
+        network(torch.randn(2, 3, 8, 8))  # its running statistics
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        theirs.update_parameters(network)
+        ours.update_parameters(network)
+
+    for step in range(6):
+        if step == 3:
+            resumed = MovingAverage(network, 0.9)
+            resumed.load_state_dict(ours.state_dict())
+            ours = resumed
+        advance()
+        for name, value in theirs.state_dict().items():
+            if not name.endswith("num_batches_tracked"):  # a count, which has no average
+                torch.testing.assert_close(ours.state_dict()[name], value, rtol=0, atol=0)
+    assert int(ours.n_averaged) == 6

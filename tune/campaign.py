@@ -177,6 +177,8 @@ class Campaign(ABC, Generic[Q]):
         self.use(resources.here() if options.address is None else [asked])
         if options.storage is not None:
             storage.checked(options.storage)
+        if options.address is None:
+            machine.check_compile(self.recipes())
         self.claim()
         if earlier is not None:
             self.settle_precision(base.replace(precision=earlier["recipe"]["precision"]))
@@ -201,6 +203,7 @@ class Campaign(ABC, Generic[Q]):
                 "Name a --storage, a URL of fsspec's that all machines of the cluster reach, s3://bucket/folder say, "
                 "or a --results_dir on a disk that they share."
             )
+        machine.check_compile(self.recipes(), lambda: on_a_worker(machine.compile_fault, self.takes))
         self.images = shipped(decoded(base, "train"))
         self.settle_precision(on_a_worker(machine.resolve_precision, self.takes, base))
 
