@@ -195,10 +195,10 @@ def compiled_ratio(recipe: Recipe, precision: str, threads: int) -> float:
     from cifar_lab.models import build
 
     networks = [build(recipe, 10) for _ in range(2)]
-    plain, other = (machine.training_pass(network, precision, recipe.batch_size) for network in networks)
+    plain, other = (machine.training_pass(network, recipe, precision) for network in networks)
     with machine.threads_limited(threads), compiled(networks[1]):
         ratios = [plain() / other() for _ in range(machine.REPEATS + 2)]
-    return statistics.median(ratios[2:])  # the first compiles
+    return statistics.median(ratios[2:])  # the first is with the compiling, the second with what is still cold
 
 
 def noise(count: int) -> ImageSet:
@@ -357,14 +357,14 @@ def lightning_ratio(recipe: Recipe, count: int = 0) -> float:
     from cifar_lab.models import build
 
     recipe = recipe.replace(val_fraction=0, max_epochs=machine.REPEATS + 1, lr=1e-6)
-    recipe = machine.resolve_precision(recipe)
+    recipe = machine.measured(recipe)
     seconds = machine.step_seconds(recipe, recipe.precision)
     count = count or recipe.batch_size * max(10, round(1 / seconds))
     data = CIFAR10DataModule(recipe, noise(count))
     here = machine.device()
     mean, std = data.mean[:, None, None].to(here), data.std[:, None, None].to(here)
     network = build(recipe, len(data.classes))
-    layout = memory_format(network)
+    layout = memory_format(network, recipe.memory_format)
     network = network.to(here, memory_format=layout)  # type: ignore[call-overload]
     network.train()
     optimizer = optim.optimizer(recipe, network.parameters())

@@ -61,7 +61,7 @@ class ImageClassifier(pl.LightningModule):
         self.recipe = Recipe(**recipe)
         self.classes = tuple(classes)
         self.network = build(self.recipe, len(classes))
-        self.memory_format = memory_format(self.network)
+        self.memory_format = memory_format(self.network, self.recipe.memory_format)
         self.network = self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]
         self.averaged = optim.MovingAverage(self.network, self.recipe.ema) if self.recipe.ema else None
         self.register_buffer("mean", torch.tensor(mean)[:, None, None])

@@ -40,9 +40,9 @@ from cifar_lab.files import DIGESTS, LAST, PREVIOUS, sha256, write_json
 from cifar_lab.prepare import begin
 from cifar_lab.recipe import Recipe
 
-CODES = (
-    32  # compiled of a network: by shape of a batch, training or not, what is frozen; beyond them it goes uncompiled
-)
+# How often a network is compiled: for each shape of a batch, for training and validation, for what is frozen. Beyond
+# that it would go uncompiled.
+CODES = 32
 UNPROFILED = nullcontext()
 TRAINER_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
@@ -135,7 +135,7 @@ def identity(model: ImageClassifier, checkpoint: Path) -> Record:
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning, and PyTorch's compiler, say of choices that are made here on purpose."""
+    """Silence what Lightning says of choices that are made here on purpose."""
     import logging
 
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
@@ -147,7 +147,6 @@ def quiet_lightning() -> None:
         r".*GPU available but not used.*",
         r".*`Trainer.fit` stopped.*",
         r".*module\(s\) in eval mode at the start of training.*",
-        r".*Dynamo detected a call to a `functools.lru_cache`-wrapped function.*",
     ):
         warnings.filterwarnings("ignore", message=text)
 
@@ -182,14 +181,16 @@ def trainer(recipe: Recipe, folder: Path, callbacks: list[Callback], **options: 
 
 @contextmanager
 def compiled(network: torch.nn.Module) -> Iterator[None]:
-    """Have a network compiled where it lies, for a while; its parameters keep their names.
+    """Have a network compiled where it lies, to be used until the end; its parameters keep their names.
 
     Each shape of a batch has code of its own: code for any, which PyTorch makes at the second, would change the numbers
-    of the first, and a resumed training would not repeat them.
+    of the first, and a resumed training would not repeat them. What is drawn, by dropout, is drawn as it is uncompiled.
     """
-    from torch._dynamo import config  # takes seconds to import
+    from torch._dynamo import config  # these take seconds to import
+    from torch._inductor import config as code
 
-    with config.patch(recompile_limit=CODES):  # type: ignore[no-untyped-call]
+    limits = config.patch(recompile_limit=CODES)  # type: ignore[no-untyped-call]
+    with limits, code.patch(fallback_random=True, compile_threads=torch.get_num_threads()):
         network.compile(dynamic=False)
         try:
             yield
@@ -212,7 +213,7 @@ def fit(
     holds the digests of all.
 
     Args:
-        recipe: what to train; its precision is measured first where it is "auto".
+        recipe: what to train; its precision and memory format are measured first where they are "auto".
         folder: where the checkpoints go; made if absent.
         resume: go on after the epoch of `last.ckpt`, if there is one; on the CPU the rest is then bit-identical to an
             uninterrupted run. A run that had ended is returned as it is.
@@ -235,8 +236,9 @@ def fit(
     if found is not None:
         last, saved = found
         was = Recipe(**saved["hyper_parameters"]["recipe"])
-        asked = recipe.replace(precision=was.precision) if recipe.precision == "auto" else recipe
-        if asked.replace(data_dir=was.data_dir) != was:  # the images may have moved
+        asked = recipe.measured_as(was.to_dict())
+        # The images may have moved, the compiler may be gone.
+        if asked.replace(data_dir=was.data_dir, compile=was.compile) != was:
             raise CheckpointError(f"{last} is of another recipe: {difference(was, asked)}.")
         run.recipe = asked
         state = recorded(saved, last)
@@ -247,7 +249,7 @@ def fit(
             return run
         ckpt_path = last
     else:
-        run.recipe = machine.resolve_precision(recipe)
+        run.recipe = machine.measured(recipe)
     folder.mkdir(parents=True, exist_ok=True)
     data = data or CIFAR10DataModule(run.recipe)
     torch.manual_seed(recipe.seed)

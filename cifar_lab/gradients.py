@@ -66,7 +66,8 @@ class GradientWatch(Callback):
     """Observes a training of an ImageClassifier, and rewrites the CSV file after every epoch.
 
     The rows of earlier epochs are kept, so that a resumed training goes on with the table; those of the same epoch or
-    later ones are replaced. The training is not changed; where it is compiled, the steps that are looked at are not.
+    later ones are replaced. The training is not changed; of one that is compiled, the steps that are looked at are not
+    compiled, and round otherwise.
     """
 
     def __init__(self, path: Path) -> None:

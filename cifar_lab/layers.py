@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.compiler import is_compiling
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from cifar_lab.winograd import Winograd
@@ -30,7 +31,7 @@ class Network(nn.Module):
 
     RECIPE: ClassVar[dict[str, Any]] = {}
     LEGAL: ClassVar[dict[str, tuple[str, Callable[[Any], bool]]]] = {}
-    CHANNELS_LAST: ClassVar[bool] = True  # the memory format that was the faster one when measured
+    CHANNELS_LAST: ClassVar[bool] = True  # the memory format that was the faster one on the machines of the authors
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -50,8 +51,10 @@ class Network(nn.Module):
         """Called before each epoch of a training, counted from 0; also of one that goes on from a checkpoint."""
 
 
-def memory_format(network: Network) -> torch.memory_format:
-    """channels_last for a network that gains by it, where that is safe; contiguous otherwise.
+def memory_format(network: Network, wanted: str = "auto") -> torch.memory_format:
+    """The memory format that a recipe wants for a network, but contiguous where channels_last is not safe.
+
+    With "auto", of a recipe that has not been measured, it is the one that the architecture's file says.
 
     With channels that do not fill a vector register the CPU's kernels for channels_last corrupt memory: a ResNet of
     width 4 crashes (torch 2.15, AVX2). 16 floats fill the widest register. The 24 channels of `speed_cnn`'s whitening,
@@ -59,7 +62,8 @@ def memory_format(network: Network) -> torch.memory_format:
     """
     convolutions = [layer for layer in network.modules() if isinstance(layer, nn.Conv2d)]
     full = all(layer.out_channels % 16 == 0 for layer in convolutions)
-    return torch.channels_last if network.CHANNELS_LAST and full else torch.contiguous_format
+    last = network.CHANNELS_LAST if wanted == "auto" else wanted == "channels_last"
+    return torch.channels_last if last and full else torch.contiguous_format
 
 
 def quicken(parameter: nn.Parameter, factor: float) -> nn.Parameter:
@@ -145,10 +149,11 @@ class Conv2d(nn.Conv2d):
 
     In fp32 `Winograd` multiplies less, and gains where channels are many: its own work grows with their sum, what it
     saves with their product. For the backward pass it keeps four times its weights, and the tiles: 2.25 times its
-    input, up to 4 times where a side is no multiple of 4. In bf16 on a CPU with AMX the gradient of the weights is a
-    product over the pixels of one row of the map, of which 32 fill a tile: on maps of 8 pixels or less most of it is
-    empty. There a row is that of several images: with 256 channels 2 times faster at 7x7, 5 times at 3x3. On maps of 5
-    pixels or less so it is for all of the convolution: with 512 channels 4 times faster at 2x2 (torch 2.15).
+    input, up to 4 times where a side is no multiple of 4. PyTorch does not compile it: it writes in place. In bf16 on a
+    CPU with AMX the gradient of the weights is a product over the pixels of one row of the map, of which 32 fill a
+    tile: on maps of 8 pixels or less most of it is empty. There a row is that of several images: with 256 channels 2
+    times faster at 7x7, 5 times at 3x3. On maps of 5 pixels or less so it is for all of the convolution: with 512
+    channels 4 times faster at 2x2 (torch 2.15).
     """
 
     def __init__(self, *args: Any, **fields: Any) -> None:
@@ -168,7 +173,7 @@ class Conv2d(nn.Conv2d):
                     convolve = _Conv3x3InRows if side <= VERY_NARROW else _Conv3x3
                     out = convolve.apply(x.to(dtype), weight.to(dtype))
                     return out
-            elif x.dtype == torch.float32 and side >= LEAST and FEWEST <= len(x) <= MOST:
+            elif x.dtype == torch.float32 and side >= LEAST and FEWEST <= len(x) <= MOST and not is_compiling():
                 out = Winograd.apply(x, weight)
                 return out if bias is None else out + bias[:, None, None]
         out = super()._conv_forward(x, weight, bias)

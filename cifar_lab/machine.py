@@ -1,4 +1,4 @@
-"""This machine: its processor, and which precision trains faster on it, measured once."""
+"""This machine: its processor, and in which precision and memory format it trains faster, measured once."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import mmap
 import os
 import platform
 import statistics
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ from cifar_lab.models import build, network_class
 from cifar_lab.recipe import Recipe, RecipeError
 
 REPEATS = 5
+GAIN = 0.95  # of the time of the architecture's own memory format: what less it takes in the other may be chance
 CUDA_CONTEXT = 600e6  # bytes that a process holds on a GPU beside its tensors, about
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of malloc.h
 MADV_HUGEPAGE = 14  # of Linux's mman-common.h
@@ -142,7 +144,7 @@ def compile_fault() -> str:
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(2, device=device()))
     except Exception as error:
-        return str(error).strip().partition("\n")[0]
+        return textwrap.shorten(str(error).partition("Set TORCH")[0], 300)
     return ""
 
 
@@ -160,34 +162,55 @@ def check_compile(recipes: Iterable[Recipe], fault: Callable[[], str] | None = N
         raise RecipeError(f"compile: True. PyTorch cannot compile where this would be trained ({found}). Legal: False.")
 
 
-def resolve_precision(recipe: Recipe) -> Recipe:
-    """The recipe with `precision` measured where it is "auto": the faster of 32 and bf16 for this architecture, here.
+def measured(recipe: Recipe) -> Recipe:
+    """The recipe with precision and memory format, where they are "auto", as its network trains fastest here.
 
-    The answer is kept in the cache, a line a processor, torch version and network, until their code changes.
+    First the precisions are compared, in the architecture's own memory format, then in the faster one the two formats;
+    the other one has to gain. The answer is kept in the cache, a line a processor, torch version, network and what was
+    fixed, until the code of the network changes.
     """
-    if recipe.precision != "auto":
+    if "auto" not in (recipe.precision, recipe.memory_format):
         return recipe
-    if not computes("bf16"):
-        return recipe.replace(precision="32")
-    place = cache_folder() / "precision.json"
+    precisions = ["32", "bf16"] if recipe.precision == "auto" else [recipe.precision]
+    precisions = [name for name in precisions if computes(name)] or precisions
+    formats = _formats(recipe)
+    if len(precisions) == len(formats) == 1:
+        return recipe.replace(precision=precisions[0], memory_format=formats[0])
+    place = cache_folder() / "measured.json"
     network = json.dumps(recipe.network_parameters(), sort_keys=True)
     files = (layers.__file__, winograd.__file__, inspect.getfile(network_class(recipe.arch)))
     code = " ".join(sha256(Path(file))[:8] for file in files)
-    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | batch {recipe.batch_size} | {code}"
+    asked = f"batch {recipe.batch_size}, {' '.join(precisions)}, {' '.join(formats)}"
+    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | {asked} | {code}"
     try:
         known = json.loads(place.read_text())
     except (OSError, ValueError):
         known = {}
-    if known.get(key) not in ("32", "bf16"):
+    found = known.get(key)
+    if not (isinstance(found, list) and len(found) == 2 and found[0] in precisions and found[1] in formats):
         settle()
-        seconds = {precision: step_seconds(recipe, precision) for precision in ("32", "bf16")}
-        known[key] = min(seconds, key=seconds.__getitem__)
+        own, *other = [recipe.replace(memory_format=name) for name in formats]
+        seconds = {name: step_seconds(own, name) for name in precisions}
+        precision = min(seconds, key=seconds.__getitem__)
+        gains = [one for one in other if step_seconds(one, precision) < GAIN * seconds[precision]]
+        found = known[key] = [precision, (gains or [own])[0].memory_format]
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             write_json(place, known)
         except OSError:
             pass  # it is measured again next time
-    return recipe.replace(precision=known[key])
+    return recipe.replace(precision=found[0], memory_format=found[1])
+
+
+def _formats(recipe: Recipe) -> list[str]:
+    """The memory formats that the recipe's network may have, the architecture's own first."""
+    if recipe.memory_format != "auto":
+        return [recipe.memory_format]
+    with torch.device("meta"):
+        network = build(recipe, 10)
+    if memory_format(network, "channels_last") != torch.channels_last:
+        return ["contiguous"]
+    return ["channels_last", "contiguous"] if network.CHANNELS_LAST else ["contiguous", "channels_last"]
 
 
 def step_seconds(
@@ -212,20 +235,23 @@ def step_seconds(
         repeats: passes, after a first one that does not count.
     """
     with threads_limited(threads):
-        once = training_pass(build(recipe, 10), precision, batch or recipe.batch_size, side)
+        once = training_pass(build(recipe, 10), recipe, precision, batch=batch, side=side)
         return statistics.median([once() for _ in range(repeats + 1)][1:])
 
 
-def training_pass(network: Network, precision: str, batch: int, side: int = 32) -> Callable[[], float]:
+def training_pass(
+    network: Network, recipe: Recipe, precision: str, *, batch: int | None = None, side: int = 32
+) -> Callable[[], float]:
     """A function that does a forward and backward pass over a batch of noise, and returns the seconds of it.
 
     Args:
-        network: of 10 classes; it is moved to this process's device, in its memory format.
+        network: the recipe's, of 10 classes; it is moved to this process's device, into its memory format.
+        recipe: as above, with its memory format and batch size.
         precision: 32 or bf16.
-        batch: images.
+        batch: images, the recipe's batch size where unset.
         side: pixels of an image's side.
     """
-    here, layout = device(), memory_format(network)
+    here, layout, batch = device(), memory_format(network, recipe.memory_format), batch or recipe.batch_size
     images, labels = torch.rand(batch, 3, side, side, device=here), torch.randint(10, (batch,), device=here)
     network.to(here, memory_format=layout)  # type: ignore[call-overload]
     images = images.contiguous(memory_format=layout)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cifar_lab import models
 
+MEASURED = ("precision", "memory_format")  # fields which the machine may settle; see cifar_lab.machine.measured
+
 
 class InputError(ValueError):
     """Something impossible was asked for: one paragraph quoting the value and the legal ones (exit status 2)."""
@@ -102,7 +104,10 @@ class Recipe:
         ema: decay a step of the moving average of the weights that is validated and tested; 0 is off.
         seed: seed of weights, order, augmentation and dropout; the split has its own.
         precision: 32, or bf16 (autocast); auto measures once which is faster here and writes it into the recipe.
-        compile: train the network compiled (torch.compile): its first step takes long, those after it may gain or lose.
+        memory_format: how images and filters lie in memory, channels_last or contiguous; auto measures it likewise. A
+            network with a convolution whose channels do not fill a CPU's registers is contiguous whatever is said.
+        compile: train the network compiled (torch.compile), to the same numbers but for their rounding: its first steps
+            take long, those after them may gain or lose.
     """
 
     arch: str = field(default="resnet")
@@ -143,6 +148,7 @@ class Recipe:
     ema: float = _fraction(0.0)
     seed: int = dial(0, "0 to 4294967295", lambda v: 0 <= v < 2**32)
     precision: Literal["auto", "32", "bf16"] = "auto"
+    memory_format: Literal["auto", "channels_last", "contiguous"] = "auto"
     compile: bool = False
 
     if TYPE_CHECKING:
@@ -211,6 +217,10 @@ class Recipe:
         if changes.get("arch", self.arch) != self.arch:
             kept = {f.name: kept[f.name] for f in dataclasses.fields(Recipe)}
         return Recipe(**{**kept, **changes})
+
+    def measured_as(self, was: Mapping[str, Any]) -> Recipe:
+        """The same recipe; what it leaves to be measured is as in `was`, the fields of another."""
+        return self.replace(**{name: was[name] for name in MEASURED if getattr(self, name) == "auto"})
 
     @property
     def validated(self) -> bool:

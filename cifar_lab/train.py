@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
     cli.make_folder(checkpoints, options.results_dir)
     if found is None:
-        recipe = machine.resolve_precision(recipe)
+        recipe = machine.measured(recipe)
     words = [*argv, *([] if options.name else ["--name", name])]
     command = cli.command("cifar_lab.train", words)
     again = cli.resume_line(command)

@@ -362,9 +362,9 @@ def test_no_epoch_is_trained_in_vain_but_those_that_a_fault_undid(search: Search
 def test_after_all_the_curves_are_those_of_undisturbed_trainings(search: Search, finished: Ran, tmp_path: Path) -> None:
     search.set_faults()
     question = ask(search.command("--resume"))
-    precision = json.loads((search.folder / "best.json").read_text())["recipe"]["precision"]
+    measured = json.loads((search.folder / "best.json").read_text())["recipe"]
     for trial, own in finished.curves.groupby("trial_id"):
-        whole = fit(question.recipe(str(trial)).replace(precision=precision), tmp_path / str(trial))
+        whole = fit(question.recipe(str(trial)).measured_as(measured), tmp_path / str(trial))
         expected = pd.DataFrame(whole.history).drop(columns="seconds")
         found = own.drop(columns=["trial_id", "seconds"]).reset_index(drop=True)
         pd.testing.assert_frame_equal(found, expected, check_exact=True)

@@ -300,9 +300,9 @@ def test_a_killed_grid_goes_on_where_it_was(run: dict[str, Any]) -> None:
 
 def test_a_killed_grids_curves_are_those_of_uninterrupted_trainings(run: dict[str, Any], tmp_path: Path) -> None:
     question = ask(["--results_dir", str(tmp_path), *QUESTION])
-    precision = json.loads((run["folder"] / "best.json").read_text())["recipe"]["precision"]
+    measured = json.loads((run["folder"] / "best.json").read_text())["recipe"]
     for trial_id, own in curves_of(run).groupby("trial_id"):
-        whole = fit(question.recipe(str(trial_id)).replace(precision=precision), tmp_path / str(trial_id))
+        whole = fit(question.recipe(str(trial_id)).measured_as(measured), tmp_path / str(trial_id))
         found = own.drop(columns=["trial_id", "seconds"]).reset_index(drop=True)
         expected = pd.DataFrame(whole.history).drop(columns="seconds")
         pd.testing.assert_frame_equal(found, expected, check_exact=True)

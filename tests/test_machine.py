@@ -6,11 +6,13 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from cifar_lab import machine
+from cifar_lab.classifier import ImageClassifier
 from cifar_lab.fit import trainer
 from cifar_lab.models.resnet import ResNet
 from cifar_lab.recipe import Recipe
@@ -141,10 +143,80 @@ def test_a_process_settles_before_it_measures_or_trains(
     monkeypatch.setattr(machine, "settle", lambda: done.append("settled"))
     monkeypatch.setattr(machine, "computes", lambda precision: True)
     monkeypatch.setattr(machine, "step_seconds", step_seconds)
-    recipe = machine.resolve_precision(Recipe(arch="classic_cnn"))
-    assert done == ["settled", "32", "bf16"]
+    recipe = machine.measured(Recipe(arch="classic_cnn"))
+    assert done == ["settled", "32", "bf16"], "classic_cnn's channels are few, so that it lies in one way only"
     trainer(recipe, tmp_path, [])
     assert done[3:] == ["settled"]
+
+
+# Seconds of a step, and what is to be chosen for a recipe with some of it fixed.
+BOTH = {("32", "channels_last"): 3.0, ("bf16", "channels_last"): 2.0}
+FIRST = BOTH | {("bf16", "contiguous"): 1.0}
+CHOICES: list[tuple[dict[tuple[str, str], float], dict[str, Any], tuple[str, str]]] = [
+    (FIRST, {}, ("bf16", "contiguous")),
+    (BOTH | {("bf16", "contiguous"): 1.99}, {}, ("bf16", "channels_last")),  # which may be chance
+    (BOTH | {("32", "channels_last"): 1.0, ("32", "contiguous"): 4.0}, {}, ("32", "channels_last")),
+    ({("32", "channels_last"): 3.0, ("32", "contiguous"): 1.0}, {"precision": "32"}, ("32", "contiguous")),
+    (BOTH, {"memory_format": "channels_last"}, ("bf16", "channels_last")),
+    ({("32", "contiguous"): 1.0, ("bf16", "contiguous"): 2.0}, {"width": 20}, ("32", "contiguous")),  # too narrow
+    ({("bf16", "contiguous"): 2.0, ("bf16", "channels_last"): 1.0},
+     {"arch": "three_layer_cnn", "precision": "bf16"}, ("bf16", "channels_last")),
+    ({}, {"precision": "32", "memory_format": "contiguous"}, ("32", "contiguous")),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(("seconds", "fields", "expected"), CHOICES)
+def test_the_faster_precision_and_memory_format_are_measured_once(
+    seconds: dict[tuple[str, str], float],
+    fields: dict[str, Any],
+    expected: tuple[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def step_seconds(recipe: Recipe, precision: str) -> float:
+        seen.append((precision, recipe.memory_format))
+        return seconds[seen[-1]]
+
+    monkeypatch.setattr(machine, "computes", lambda precision: True)
+    monkeypatch.setattr(machine, "step_seconds", step_seconds)
+    asked = Recipe(**{"arch": "resnet", **fields})
+    for _ in range(2):
+        found = machine.measured(asked)
+        assert (found.precision, found.memory_format) == expected
+        assert sorted(seen) == sorted(seconds), "each once"
+    assert found.replace(precision=asked.precision, memory_format=asked.memory_format) == asked
+
+
+def test_without_bf16_only_the_memory_format_is_measured(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(machine, "computes", lambda precision: precision == "32")
+    monkeypatch.setattr(
+        machine, "step_seconds", lambda recipe, precision: seen.append((precision, recipe.memory_format)) or 1.0
+    )
+    found = machine.measured(Recipe(arch="resnet"))
+    assert seen == [("32", "channels_last"), ("32", "contiguous")]
+    assert (found.precision, found.memory_format) == ("32", "channels_last")
+    assert machine.measured(Recipe(arch="resnet", width=20)).memory_format == "contiguous" and len(seen) == 2
+
+
+@pytest.mark.parametrize("name", ["channels_last", "contiguous"])
+def test_a_network_lies_in_memory_as_its_recipe_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(arch="resnet", width=16, memory_format=name, batch_size=4)
+    seen: list[bool] = []
+    plain = ResNet.forward
+
+    def forward(self: ResNet, images: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.stages[0].residual[0].weight
+        seen.extend(one.is_contiguous(memory_format=torch.channels_last) for one in (images, weight))
+        return plain(self, images)
+
+    monkeypatch.setattr(ResNet, "forward", forward)
+    machine.step_seconds(recipe, "32", repeats=1)
+    model = ImageClassifier(recipe.to_dict(), list("0123456789"), [0.5] * 3, [0.5] * 3)
+    model.training_step((torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)), 0)
+    assert seen == [name == "channels_last"] * 6
 
 
 def test_a_step_is_measured_with_images_of_the_size_asked(monkeypatch: pytest.MonkeyPatch) -> None:

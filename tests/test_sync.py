@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from cifar_lab.models import ARCHITECTURES
 from cifar_lab.optim import clip_adaptively, optimizer
 from cifar_lab.recipe import Recipe
 
-# For these a GPU's queue is emptied: Python gets a number, or a shape that only the values tell.
+# For these a GPU's queue is emptied: Python gets a number, or a shape that only the values tell, or gives numbers.
 READS = {"_local_scalar_dense", "is_nonzero", "equal"}
+GIFTS = {"lift_fresh"}  # torch.tensor
+COPIES = ("tolist", "cpu", "numpy")  # methods that PyTorch does not dispatch for a tensor on the CPU
 SHAPED_BY_VALUES = {"nonzero", "masked_select", "bincount", "unique_dim", "_unique2", "unique_consecutive"}
 
 
@@ -32,6 +35,27 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.found: list[str] = []
         self.counters: set[int] = set()
+        self.plain = {name: getattr(torch.Tensor, name) for name in COPIES}
+
+    def __enter__(self) -> Waits:
+        for name in COPIES:
+            setattr(torch.Tensor, name, self.noting(name))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *words: Any) -> None:
+        super().__exit__(*words)
+        for name, method in self.plain.items():
+            setattr(torch.Tensor, name, method)
+
+    def noting(self, name: str) -> Any:
+        """A method of a tensor that is noted when it is called."""
+
+        def noted(*words: Any, **named: Any) -> Any:
+            self.found.append(name)
+            return self.plain[name](*words, **named)
+
+        return noted
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -42,7 +66,8 @@ class Waits(TorchDispatchMode):
             for index in given
         )
         repeats = name == "repeat_interleave" and "output_size" not in (kwargs or {})
-        if by_mask or repeats or name in SHAPED_BY_VALUES or (name in READS and id(args[0]) not in self.counters):
+        named = name in SHAPED_BY_VALUES | GIFTS or (name in READS and id(args[0]) not in self.counters)
+        if by_mask or repeats or named:
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -95,9 +120,20 @@ def test_no_step_waits_for_its_device(named: str, tmp_path: Path) -> None:
     assert watch.batches >= 5 and watch.waits.found == []
 
 
-@pytest.mark.parametrize(
-    "wait", [lambda x: float(x.sum()), lambda x: bool(x[0] > 0), lambda x: x[x > 0], torch.nonzero]
-)
+WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "float": lambda x: float(x.sum()),
+    "bool": lambda x: bool(x[0] > 0),
+    "mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "tolist": lambda x: x.tolist(),
+    "cpu": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "tensor": lambda x: x + torch.tensor([1.0, 2.0, 3.0]),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
 def test_what_would_wait_is_seen(wait: Any) -> None:
     watch = Waits()
     with watch:

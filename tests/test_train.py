@@ -159,13 +159,18 @@ def test_checkpoints_hold_tensors_and_primitives(learned: Run) -> None:
     assert sorted(p.name for p in learned.folder.iterdir()) == ["best.ckpt", "last.ckpt", "sha256.json"]
 
 
-def test_the_precision_that_was_measured_is_in_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "resolve_precision", lambda asked: asked.replace(precision="32"))
+def test_what_was_measured_is_in_the_recipe_and_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(**fields: str) -> None:
+        monkeypatch.setattr(machine, "measured", lambda asked: asked.replace(**fields))
+
     asked = recipe(precision="auto", max_epochs=1)
+    answer(precision="32", memory_format="contiguous")
     assert fit(asked, tmp_path).recipe.precision == "32"
-    monkeypatch.setattr(machine, "resolve_precision", lambda asked: asked.replace(precision="bf16"))
-    again = fit(asked, tmp_path, resume=True)
-    assert again.recipe.precision == "32", "a resumed run is the same run"
+    answer(precision="bf16", memory_format="channels_last")
+    again = fit(asked, tmp_path, resume=True).recipe
+    assert (again.precision, again.memory_format) == ("32", "contiguous"), "a resumed run is the same run"
+    with pytest.raises(CheckpointError, match="memory_format"):
+        fit(asked.replace(memory_format="channels_last"), tmp_path, resume=True)
 
 
 def test_absent_images_are_said_before_anything_is_trained(tmp_path: Path) -> None:

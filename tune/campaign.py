@@ -164,7 +164,7 @@ class Campaign(ABC, Generic[Q]):
         self.experiment = Experiment(self.folder, self.question.configurations())
 
     def prepare(self) -> None:
-        """See that images, folder and processors allow it, then settle its precision.
+        """See that images, folder and processors allow it, then settle its precision and memory format.
 
         Raises:
             InputError: they do not.
@@ -181,12 +181,12 @@ class Campaign(ABC, Generic[Q]):
             machine.check_compile(self.recipes())
         self.claim()
         if earlier is not None:
-            self.settle_precision(base.replace(precision=earlier["recipe"]["precision"]))
+            self.settle_base(base.measured_as(earlier["recipe"]))
         elif options.address is None:
-            self.settle_precision(machine.resolve_precision(base))
+            self.settle_base(machine.measured(base))
 
-    def settle_precision(self, base: Recipe) -> None:
-        """Take the base with its precision, once that is measured."""
+    def settle_base(self, base: Recipe) -> None:
+        """Take the base with its precision and memory format, once these are measured."""
         self.question = dataclasses.replace(self.question, base=base)
 
     def join(self) -> None:
@@ -205,7 +205,7 @@ class Campaign(ABC, Generic[Q]):
             )
         machine.check_compile(self.recipes(), lambda: on_a_worker(machine.compile_fault, self.takes))
         self.images = shipped(decoded(base, "train"))
-        self.settle_precision(on_a_worker(machine.resolve_precision, self.takes, base))
+        self.settle_base(on_a_worker(machine.measured, self.takes, base))
 
     def claim(self) -> None:
         """Make the folder; see that it can be written, and that the disk holds what is to come."""

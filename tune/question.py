@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from cifar_lab import cli
 from cifar_lab.files import read_json
-from cifar_lab.recipe import InputError, Recipe, at_least
+from cifar_lab.recipe import MEASURED, InputError, Recipe, at_least
 from tune.resources import RunOptions
 from tune.space import Domain, configuration, space_for
 
@@ -28,7 +28,7 @@ RESUME = {
 # The options that decide a result; the others may differ when a search is resumed, but are as they were if not given.
 DECISIVE = ("num_samples", "grace_period", "reduction_factor", "finalists", "finalist_seeds")
 HOW = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "hang_timeout", "storage")
-PLACES = ("data_dir",)
+FREE = ("data_dir", "compile")  # of the recipe: where and how fast it is trained, not what
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,8 +240,8 @@ def _refuse_another(earlier: dict[str, Any], question: Question) -> None:
         for name in {**was, **now}:
             before, after = was.get(name, "not searched"), now.get(name, "not searched")
             grown = name == "num_samples" and isinstance(before, int) and after > before
-            measured = name == "precision" and after == "auto"
-            if before != after and not grown and not measured and name not in PLACES:
+            measured = name in MEASURED and after == "auto"
+            if before != after and not grown and not measured and name not in FREE:
                 changes.append(f"{name} was {before}, is now {after}")
     if changes:
         raise InputError(

@@ -29,7 +29,8 @@ class RunOptions:
         address: a running Ray cluster to join; unset: this machine alone.
         storage: a URL of fsspec's (s3://bucket/folder, say) for the checkpoints of running trials, where the machines
             of a cluster share no disk; what is kept comes to results_dir in the end.
-        hang_timeout: seconds without a training step after which a trial is taken for hung, killed and tried again.
+        hang_timeout: seconds without a training step, compiling included, after which a trial is taken for hung, killed
+            and tried again.
     """
 
     max_concurrent: int | None = at_least(1, None, ", or unset")
