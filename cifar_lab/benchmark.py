@@ -90,7 +90,8 @@ def measure(archs: Sequence[str], options: BenchmarkOptions, *, compiled: bool =
     Returns:
         gemm_tflops: the largest matrix product, 1e12 operations a second, in the precision that reaches most;
             gemm_tflops_by_precision has both.
-        images_per_second: an architecture's forward and backward pass, by architecture and precision.
+        images_per_second: an architecture's forward and backward pass, by architecture and precision, in the memory
+            format that trainings have here.
         threads: of the CPU, by which these were reached.
         peak_fraction: the operations of that pass, as of plain convolutions, over those that a matrix product of the
             same precision does in its time; above 1 where Winograd spares more than is lost.
@@ -109,7 +110,7 @@ def measure(archs: Sequence[str], options: BenchmarkOptions, *, compiled: bool =
     machine.settle()
     threads = options.threads or torch.get_num_threads()
     precisions = [precision for precision in PRECISIONS if machine.computes(precision)]
-    recipes = {arch: Recipe(arch=arch, batch_size=options.batch_size) for arch in archs}
+    recipes = {arch: machine.measured(Recipe(arch=arch, batch_size=options.batch_size)) for arch in archs}
     flops = {arch: image_flops(recipe) for arch, recipe in recipes.items()}
     jobs = [(arch, precision) for arch in archs for precision in precisions]
     speeds: dict[str, dict[str, float]] = {arch: {} for arch in archs}
@@ -321,7 +322,9 @@ def record_seconds(recipe: Recipe) -> float:
     from cifar_lab.data import CIFAR10DataModule
     from cifar_lab.fit import fit
 
-    recipe = recipe.replace(val_fraction=0, max_epochs=machine.REPEATS, lr=1e-6, precision="32")
+    recipe = recipe.replace(
+        val_fraction=0, max_epochs=machine.REPEATS, lr=1e-6, precision="32", memory_format="contiguous"
+    )
     began: list[float] = []
     seconds: list[float] = []
 

@@ -12,7 +12,7 @@ from cifar_lab.files import cache_folder, size
 
 
 def entries(folder: Path) -> list[tuple[Path, int]]:
-    """What lies in the cache, with its bytes: decoded images, downloads, the measured precisions; locks left out."""
+    """What lies in the cache, with its bytes: decoded images, downloads, what was measured; locks left out."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [(entry, _bytes(entry)) for entry in found if entry.suffix != ".lock"]
 

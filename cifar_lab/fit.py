@@ -238,8 +238,9 @@ def fit(
         was = Recipe(**saved["hyper_parameters"]["recipe"])
         asked = recipe.measured_as(was.to_dict())
         # The images may have moved, the compiler may be gone.
-        if asked.replace(data_dir=was.data_dir, compile=was.compile) != was:
-            raise CheckpointError(f"{last} is of another recipe: {difference(was, asked)}.")
+        same = asked.replace(data_dir=was.data_dir, compile=was.compile)
+        if same != was:
+            raise CheckpointError(f"{last} is of another recipe: {difference(was, same)}.")
         run.recipe = asked
         state = recorded(saved, last)
         run.history, run.diverged = list(state["history"]), state["diverged"]

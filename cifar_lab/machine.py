@@ -12,7 +12,7 @@ import platform
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -144,7 +144,7 @@ def compile_fault() -> str:
     try:
         torch.compile(lambda numbers: numbers.sin() + 1)(torch.zeros(2, device=device()))
     except Exception as error:
-        return textwrap.shorten(str(error).partition("Set TORCH")[0], 300)
+        return textwrap.shorten(str(error).partition("Set TORCH")[0], 300) or type(error).__name__
     return ""
 
 
@@ -166,40 +166,55 @@ def measured(recipe: Recipe) -> Recipe:
     """The recipe with precision and memory format, where they are "auto", as its network trains fastest here.
 
     First the precisions are compared, in the architecture's own memory format, then in the faster one the two formats;
-    the other one has to gain. The answer is kept in the cache, a line a processor, torch version, network and what was
-    fixed, until the code of the network changes.
+    the other one has to gain. Networks are not compiled for it. The answer is kept in the cache, a line a processor,
+    torch version, network, batch size and what was left to choose, until the code of the network changes.
     """
-    if "auto" not in (recipe.precision, recipe.memory_format):
-        return recipe
     precisions = ["32", "bf16"] if recipe.precision == "auto" else [recipe.precision]
     precisions = [name for name in precisions if computes(name)] or precisions
     formats = _formats(recipe)
-    if len(precisions) == len(formats) == 1:
-        return recipe.replace(precision=precisions[0], memory_format=formats[0])
-    place = cache_folder() / "measured.json"
-    network = json.dumps(recipe.network_parameters(), sort_keys=True)
-    files = (layers.__file__, winograd.__file__, inspect.getfile(network_class(recipe.arch)))
-    code = " ".join(sha256(Path(file))[:8] for file in files)
-    asked = f"batch {recipe.batch_size}, {' '.join(precisions)}, {' '.join(formats)}"
-    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | {asked} | {code}"
+    if not computes(precisions[0]):
+        formats = formats[:1]  # it is emulated, and would be measured for minutes
+    choices = {f"{precision} {name}": (precision, name) for precision in precisions for name in formats}
+    if len(choices) > 1:
+        network = json.dumps(recipe.network_parameters(), sort_keys=True)
+        files = (layers.__file__, winograd.__file__, inspect.getfile(network_class(recipe.arch)))
+        code = " ".join(sha256(Path(file))[:8] for file in files)
+        asked = f"batch {recipe.batch_size}, {' '.join(precisions)}, {' '.join(formats)}"
+        key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | {asked} | {code}"
+        found = _known().get(key)
+        if found not in choices:
+            found = _fastest(recipe, precisions, formats)
+            try:
+                _place().parent.mkdir(parents=True, exist_ok=True)
+                write_json(_place(), {**_known(), key: found})
+            except OSError:
+                pass  # it is measured again next time
+        choices = {found: choices[found]}
+    ((precision, name),) = choices.values()
+    return recipe.replace(precision=precision, memory_format=name)
+
+
+def _place() -> Path:
+    return cache_folder() / "measured.json"
+
+
+def _known() -> dict[str, str]:
+    """What was measured before; nothing where it cannot be read."""
     try:
-        known = json.loads(place.read_text())
+        known = json.loads(_place().read_text())
     except (OSError, ValueError):
-        known = {}
-    found = known.get(key)
-    if not (isinstance(found, list) and len(found) == 2 and found[0] in precisions and found[1] in formats):
-        settle()
-        own, *other = [recipe.replace(memory_format=name) for name in formats]
-        seconds = {name: step_seconds(own, name) for name in precisions}
-        precision = min(seconds, key=seconds.__getitem__)
-        gains = [one for one in other if step_seconds(one, precision) < GAIN * seconds[precision]]
-        found = known[key] = [precision, (gains or [own])[0].memory_format]
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            write_json(place, known)
-        except OSError:
-            pass  # it is measured again next time
-    return recipe.replace(precision=found[0], memory_format=found[1])
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _fastest(recipe: Recipe, precisions: Sequence[str], formats: Sequence[str]) -> str:
+    """The precision and memory format in which a step is the shortest; the first format unless the other gains."""
+    settle()
+    own, *other = [recipe.replace(memory_format=name) for name in formats]
+    seconds = {name: step_seconds(own, name) for name in precisions}
+    precision = min(seconds, key=seconds.__getitem__)
+    gains = [one for one in other if step_seconds(one, precision) < GAIN * seconds[precision]]
+    return f"{precision} {(gains or [own])[0].memory_format}"
 
 
 def _formats(recipe: Recipe) -> list[str]:

@@ -105,7 +105,8 @@ class Recipe:
         seed: seed of weights, order, augmentation and dropout; the split has its own.
         precision: 32, or bf16 (autocast); auto measures once which is faster here and writes it into the recipe.
         memory_format: how images and filters lie in memory, channels_last or contiguous; auto measures it likewise. A
-            network with a convolution whose channels do not fill a CPU's registers is contiguous whatever is said.
+            network with a convolution whose channels do not fill a CPU's registers is contiguous whatever is said. The
+            other one rounds otherwise, and dropout on maps (wide_cnn) draws other pixels.
         compile: train the network compiled (torch.compile), to the same numbers but for their rounding: its first steps
             take long, those after them may gain or lose.
     """
@@ -219,7 +220,7 @@ class Recipe:
         return Recipe(**{**kept, **changes})
 
     def measured_as(self, was: Mapping[str, Any]) -> Recipe:
-        """The same recipe; what it leaves to be measured is as in `was`, the fields of another."""
+        """The same recipe, what it leaves to be measured taken from `was`, another recipe's fields."""
         return self.replace(**{name: was[name] for name in MEASURED if getattr(self, name) == "auto"})
 
     @property

@@ -132,7 +132,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "record_seconds", lambda recipe: 9.0)
     monkeypatch.setattr(benchmark, "compiled_ratio", lambda recipe, precision, threads: 1.0 + 0.5 * (precision == "32"))
 
-    def step_seconds(recipe: Recipe, precision: str, *, threads: int) -> float:
+    def step_seconds(recipe: Recipe, precision: str, *, threads: int = 1) -> float:
         return {"32": 0.2, "bf16": 0.1}[precision] / threads
 
     monkeypatch.setattr(machine, "step_seconds", step_seconds)

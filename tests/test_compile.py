@@ -191,6 +191,31 @@ def test_a_cluster_that_cannot_compile_is_refused_when_it_is_joined(monkeypatch:
     assert asked == [(machine.compile_fault, search.takes)]
 
 
+@pytest.mark.parametrize("earlier", [None, {}])
+def test_a_joined_cluster_measures_once_for_all_of_a_run(
+    earlier: dict[str, Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(campaign, "blind", lambda where: [])
+    monkeypatch.setattr(campaign, "decoded", lambda *words: None)
+    monkeypatch.setattr(campaign, "shipped", lambda images: None)
+    monkeypatch.setattr(campaign, "on_a_worker", lambda function, *_: function.__name__)
+    settled: list[str] = []
+    base = recipe("classic_cnn")
+    question = SimpleNamespace(options=SimpleNamespace(storage="s3://bucket"), base=base, earlier=earlier)
+    search: Any = SimpleNamespace(question=question, recipes=lambda: [base], takes={}, settle_base=settled.append)
+    campaign.Campaign.join(search)
+    assert settled == (["measured"] if earlier is None else [])
+
+
+@pytest.mark.parametrize("silence", [AssertionError(), RuntimeError("Set TORCHDYNAMO_VERBOSE=1")])
+def test_a_compiler_that_fails_without_a_word_has_failed(silence: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise silence
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert machine.compile_fault() == type(silence).__name__
+
+
 def test_a_training_goes_on_uncompiled_where_there_is_no_compiler(graphs: list[int], tmp_path: Path) -> None:
     asked = recipe("three_layer_cnn", compile=True)
     whole = fit(asked, tmp_path / "whole")

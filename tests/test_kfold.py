@@ -186,12 +186,20 @@ def test_another_question_is_refused_with_the_difference(words: str, said: str, 
         asked(tmp_path, "--name a --grid lr=0.1,0.2 --prune_after 1")
 
 
+def test_a_run_goes_on_elsewhere_and_compiled_or_not(tmp_path: Path) -> None:
+    begun(asked(tmp_path, "--grid lr=0.1,0.2 --name a"))
+    base = asked(tmp_path, f"--name a --resume --compile true --data_dir {tmp_path}").base
+    assert base.compile and base.data_dir == str(tmp_path)
+    with pytest.raises(InputError, match=r"memory_format was auto, is now contiguous"):
+        asked(tmp_path, "--name a --resume --memory_format contiguous")
+
+
 def test_a_run_that_is_older_than_a_field_is_gone_on_with(tmp_path: Path) -> None:
     question = asked(tmp_path, "--grid lr=0.1,0.2 --name a")
     begun(question)
     place = question_file(question.folder)
     kept = read_json(place)
-    del kept["recipe"]["small_side"]
+    del kept["recipe"]["small_side"], kept["recipe"]["memory_format"]
     write_json(place, kept)
     assert asked(tmp_path, "--name a --resume").base == question.base
     with pytest.raises(InputError, match=r"small_side was 24, is now 20"):

@@ -189,6 +189,25 @@ def test_the_faster_precision_and_memory_format_are_measured_once(
     assert found.replace(precision=asked.precision, memory_format=asked.memory_format) == asked
 
 
+@pytest.mark.parametrize("damage", ["", "{", "null", "[]", "3", "{}"])
+def test_a_damaged_cache_is_measured_anew(damage: str, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(machine, "computes", lambda precision: True)
+    monkeypatch.setattr(machine, "step_seconds", lambda recipe, precision: seen.append(precision) or 1.0)
+    fresh_cache.mkdir(parents=True)
+    (fresh_cache / "measured.json").write_text(damage)
+    for _ in range(2):
+        machine.measured(Recipe(arch="resnet"))
+        assert len(seen) == 3, "once more, and kept"
+
+
+def test_what_would_be_emulated_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "computes", lambda precision: precision == "32")
+    monkeypatch.setattr(machine, "step_seconds", lambda recipe, precision: pytest.fail("it would take minutes"))
+    found = machine.measured(Recipe(arch="resnet", precision="bf16"))
+    assert (found.precision, found.memory_format) == ("bf16", "channels_last")
+
+
 def test_without_bf16_only_the_memory_format_is_measured(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, str]] = []
     monkeypatch.setattr(machine, "computes", lambda precision: precision == "32")

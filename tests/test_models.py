@@ -141,7 +141,7 @@ def test_a_narrow_resnet_does_not_crash_the_process(width: int) -> None:
         "import sys, torch; from cifar_lab.layers import memory_format;"
         "from cifar_lab.models import build; from cifar_lab.recipe import Recipe;"
         "torch.set_num_threads(1); network = build(Recipe(arch='resnet', width=int(sys.argv[1])), 10);"
-        "kept = memory_format(network);"
+        "kept = memory_format(network, 'channels_last');"
         "network = network.to(memory_format=kept); images = torch.randn(64, 3, 32, 32).contiguous(memory_format=kept);"
         "[network(images).sum().backward() for _ in range(10)]; network.eval(); network(images[:37])"
     )

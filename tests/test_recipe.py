@@ -360,7 +360,7 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def test_every_field_of_a_recipe_is_in_the_table() -> None:
-    # The last two move how fast the same is computed: test_machine, test_compile.
+    # Of the last two: test_machine, test_compile. They move how fast about the same is computed.
     elsewhere = {"dataset", "data_dir", "memory_format", "compile"}
     assert sorted({*MOVES, *elsewhere}) == sorted(SHARED), "say in MOVES where the new field acts"
 

@@ -160,4 +160,4 @@ def test_the_maps_are_halved_without_a_rest() -> None:
 
 
 def test_the_defaults_are_in_channels_last() -> None:
-    assert memory_format(build(Recipe(arch="speed_cnn"), 10)) == torch.channels_last
+    assert memory_format(build(Recipe(arch="speed_cnn"), 10), "auto") == torch.channels_last

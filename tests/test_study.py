@@ -294,6 +294,8 @@ def test_settings_that_were_left_out_or_given_up_are_said(carried: Path) -> None
     kfold = studies()["000-kfold"]["corrected"]
     question = grid_asked(carried, "000-kfold", "corrected", {"lr": 0.001})
     assert scaled(kfold, question) == ["only lr 0.001"], "one of its rates, though it is the default one"
+    free = {"compile": True, "memory_format": "contiguous", "precision": "32", "data_dir": "images"}
+    assert scaled(kfold, grid_asked(carried, "000-kfold", "corrected", free)) == []
     options = dataclasses.replace(question.options, prune_after=1, keep=0.25)
     pruned = dataclasses.replace(grid_asked(carried, "000-kfold", "corrected"), options=options)
     assert scaled(kfold, pruned) == ["only the best 25% of the settings beyond fold 1 of 3"]

@@ -34,6 +34,7 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.watching = False
         self.counters: set[int] = set()
         self.plain = {name: getattr(torch.Tensor, name) for name in COPIES}
 
@@ -41,10 +42,12 @@ class Waits(TorchDispatchMode):
         for name in COPIES:
             setattr(torch.Tensor, name, self.noting(name))
         super().__enter__()
+        self.watching = True
         return self
 
     def __exit__(self, *words: Any) -> None:
         super().__exit__(*words)
+        self.watching = False
         for name, method in self.plain.items():
             setattr(torch.Tensor, name, method)
 
@@ -86,6 +89,10 @@ class Watch(pl.Callback):
             self.waits.counters.update(id(state["step"]) for state in states if "step" in state)
             self.waits.__enter__()
         elif self.batches == trainer.num_training_batches:
+            self.waits.__exit__(None, None, None)
+
+    def on_exception(self, *_: Any) -> None:
+        if self.waits.watching:
             self.waits.__exit__(None, None, None)
 
     def on_validation_batch_start(self, *_: Any) -> None:

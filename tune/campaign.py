@@ -205,7 +205,8 @@ class Campaign(ABC, Generic[Q]):
             )
         machine.check_compile(self.recipes(), lambda: on_a_worker(machine.compile_fault, self.takes))
         self.images = shipped(decoded(base, "train"))
-        self.settle_base(on_a_worker(machine.measured, self.takes, base))
+        if self.question.earlier is None:
+            self.settle_base(on_a_worker(machine.measured, self.takes, base))
 
     def claim(self) -> None:
         """Make the folder; see that it can be written, and that the disk holds what is to come."""
