@@ -181,7 +181,7 @@ def measured(recipe: Recipe) -> Recipe:
         code = " ".join(sha256(Path(file))[:8] for file in files)
         asked = f"batch {recipe.batch_size}, {' '.join(precisions)}, {' '.join(formats)}"
         key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | {asked} | {code}"
-        found = _known().get(key)
+        found = str(_known().get(key))
         if found not in choices:
             found = _fastest(recipe, precisions, formats)
             try:

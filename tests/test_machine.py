@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
 import sys
@@ -199,6 +200,10 @@ def test_a_damaged_cache_is_measured_anew(damage: str, fresh_cache: Path, monkey
     for _ in range(2):
         machine.measured(Recipe(arch="resnet"))
         assert len(seen) == 3, "once more, and kept"
+    place = fresh_cache / "measured.json"
+    place.write_text(json.dumps({key: [damage] for key in json.loads(place.read_text())}))
+    machine.measured(Recipe(arch="resnet"))
+    assert len(seen) == 6, "a line that says something else"
 
 
 def test_what_would_be_emulated_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
