@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from cifar_lab.data import CIFAR10DataModule
     from cifar_lab.dataset import ImageSet
 
-PRECISIONS = ("32", "bf16")
 LOADER_WORKERS, LOADER_BATCH = 2, 128
 EPOCH = 45_000  # images: CIFAR-10's training part
 TRANSFORMS: dict[str, dict[str, Any]] = {"crop, flip": {}, "crop, flip, rotate": {"rotate": 15.0}}
@@ -109,7 +108,7 @@ def measure(archs: Sequence[str], options: BenchmarkOptions, *, compiled: bool =
     """
     machine.settle()
     threads = options.threads or torch.get_num_threads()
-    precisions = [precision for precision in PRECISIONS if machine.computes(precision)]
+    precisions = machine.precisions()
     recipes = {arch: machine.measured(Recipe(arch=arch, batch_size=options.batch_size)) for arch in archs}
     flops = {arch: image_flops(recipe) for arch, recipe in recipes.items()}
     jobs = [(arch, precision) for arch in archs for precision in precisions]
@@ -322,9 +321,7 @@ def record_seconds(recipe: Recipe) -> float:
     from cifar_lab.data import CIFAR10DataModule
     from cifar_lab.fit import fit
 
-    recipe = recipe.replace(
-        val_fraction=0, max_epochs=machine.REPEATS, lr=1e-6, precision="32", memory_format="contiguous"
-    )
+    recipe = recipe.replace(val_fraction=0, max_epochs=machine.REPEATS, lr=1e-6, precision="32")
     began: list[float] = []
     seconds: list[float] = []
 

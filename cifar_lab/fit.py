@@ -38,7 +38,7 @@ from cifar_lab.classifier import ImageClassifier
 from cifar_lab.data import CIFAR10DataModule
 from cifar_lab.files import DIGESTS, LAST, PREVIOUS, sha256, write_json
 from cifar_lab.prepare import begin
-from cifar_lab.recipe import Recipe
+from cifar_lab.recipe import FREE, Recipe
 
 # How often a network is compiled: for each shape of a batch, for training and validation, for what is frozen. Beyond
 # that it would go uncompiled.
@@ -237,8 +237,7 @@ def fit(
         last, saved = found
         was = Recipe(**saved["hyper_parameters"]["recipe"])
         asked = recipe.measured_as(was.to_dict())
-        # The images may have moved, the compiler may be gone.
-        same = asked.replace(data_dir=was.data_dir, compile=was.compile)
+        same = asked.replace(**{name: getattr(was, name) for name in FREE})
         if same != was:
             raise CheckpointError(f"{last} is of another recipe: {difference(was, same)}.")
         run.recipe = asked

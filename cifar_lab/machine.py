@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import inspect
+import itertools
 import json
 import mmap
 import os
@@ -12,9 +13,10 @@ import platform
 import statistics
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +25,9 @@ from cifar_lab import layers, winograd
 from cifar_lab.files import cache_folder, sha256, write_json
 from cifar_lab.layers import Network, memory_format
 from cifar_lab.models import build, network_class
-from cifar_lab.recipe import Recipe, RecipeError
+from cifar_lab.recipe import MEASURED, Recipe, RecipeError
 
+PRECISIONS, FORMATS = ("32", "bf16"), ("channels_last", "contiguous")
 REPEATS = 5
 GAIN = 0.95  # of the time of the architecture's own memory format: what less it takes in the other may be chance
 CUDA_CONTEXT = 600e6  # bytes that a process holds on a GPU beside its tensors, about
@@ -162,6 +165,11 @@ def check_compile(recipes: Iterable[Recipe], fault: Callable[[], str] | None = N
         raise RecipeError(f"compile: True. PyTorch cannot compile where this would be trained ({found}). Legal: False.")
 
 
+def precisions() -> list[str]:
+    """The precisions that the processor computes in."""
+    return [name for name in PRECISIONS if computes(name)]
+
+
 def measured(recipe: Recipe) -> Recipe:
     """The recipe with precision and memory format, where they are "auto", as its network trains fastest here.
 
@@ -169,36 +177,29 @@ def measured(recipe: Recipe) -> Recipe:
     the other one has to gain. Networks are not compiled for it. The answer is kept in the cache, a line a processor,
     torch version, network, batch size and what was left to choose, until the code of the network changes.
     """
-    precisions = ["32", "bf16"] if recipe.precision == "auto" else [recipe.precision]
-    precisions = [name for name in precisions if computes(name)] or precisions
-    formats = _formats(recipe)
-    if not computes(precisions[0]):
-        formats = formats[:1]  # it is emulated, and would be measured for minutes
-    choices = {f"{precision} {name}": (precision, name) for precision in precisions for name in formats}
-    if len(choices) > 1:
-        network = json.dumps(recipe.network_parameters(), sort_keys=True)
-        files = (layers.__file__, winograd.__file__, inspect.getfile(network_class(recipe.arch)))
-        code = " ".join(sha256(Path(file))[:8] for file in files)
-        asked = f"batch {recipe.batch_size}, {' '.join(precisions)}, {' '.join(formats)}"
-        key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | {asked} | {code}"
-        found = str(_known().get(key))
-        if found not in choices:
-            found = _fastest(recipe, precisions, formats)
-            try:
-                _place().parent.mkdir(parents=True, exist_ok=True)
-                write_json(_place(), {**_known(), key: found})
-            except OSError:
-                pass  # it is measured again next time
-        choices = {found: choices[found]}
-    ((precision, name),) = choices.values()
-    return recipe.replace(precision=precision, memory_format=name)
+    if "auto" not in (recipe.precision, recipe.memory_format):
+        return recipe
+    network = json.dumps(recipe.network_parameters(), sort_keys=True)
+    files = (layers.__file__, winograd.__file__, inspect.getfile(network_class(recipe.arch)))
+    code = " ".join(sha256(Path(file))[:8] for file in files)
+    asked = f"batch {recipe.batch_size}, {recipe.precision} {recipe.memory_format}"
+    key = f"{processor()} | torch {torch.__version__} | {recipe.arch} {network} | {asked} | {code}"
+    found = _known().get(key)
+    if found not in [dict(zip(MEASURED, pair, strict=True)) for pair in itertools.product(PRECISIONS, FORMATS)]:
+        found = _fastest(recipe)
+        try:
+            _place().parent.mkdir(parents=True, exist_ok=True)
+            write_json(_place(), {**_known(), key: found})
+        except OSError:
+            pass  # it is measured again next time
+    return recipe.measured_as(found)
 
 
 def _place() -> Path:
     return cache_folder() / "measured.json"
 
 
-def _known() -> dict[str, str]:
+def _known() -> dict[str, Any]:
     """What was measured before; nothing where it cannot be read."""
     try:
         known = json.loads(_place().read_text())
@@ -207,14 +208,19 @@ def _known() -> dict[str, str]:
     return known if isinstance(known, dict) else {}
 
 
-def _fastest(recipe: Recipe, precisions: Sequence[str], formats: Sequence[str]) -> str:
-    """The precision and memory format in which a step is the shortest; the first format unless the other gains."""
+def _fastest(recipe: Recipe) -> dict[str, str]:
+    """The precision and memory format in which a step is the shortest; the own format unless the other gains."""
+    candidates = precisions() if recipe.precision == "auto" else [recipe.precision]
+    own, *other = [recipe.replace(memory_format=name) for name in _formats(recipe)]
+    if not computes(candidates[0]):
+        other = []  # it is emulated, and would be measured for minutes
+    if len(candidates) == 1 and not other:
+        return {"precision": candidates[0], "memory_format": own.memory_format}
     settle()
-    own, *other = [recipe.replace(memory_format=name) for name in formats]
-    seconds = {name: step_seconds(own, name) for name in precisions}
+    seconds = {name: step_seconds(own, name) for name in candidates}
     precision = min(seconds, key=seconds.__getitem__)
     gains = [one for one in other if step_seconds(one, precision) < GAIN * seconds[precision]]
-    return f"{precision} {(gains or [own])[0].memory_format}"
+    return {"precision": precision, "memory_format": (gains or [own])[0].memory_format}
 
 
 def _formats(recipe: Recipe) -> list[str]:
@@ -225,7 +231,7 @@ def _formats(recipe: Recipe) -> list[str]:
         network = build(recipe, 10)
     if memory_format(network, "channels_last") != torch.channels_last:
         return ["contiguous"]
-    return ["channels_last", "contiguous"] if network.CHANNELS_LAST else ["contiguous", "channels_last"]
+    return list(FORMATS if network.CHANNELS_LAST else reversed(FORMATS))
 
 
 def step_seconds(

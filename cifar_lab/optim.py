@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -147,8 +146,9 @@ class MovingAverage(AveragedModel):
         if self.begun is None:
             self.begun = bool(self.n_averaged > 0)
         averages = [*self.module.parameters(), *self.module.buffers()]
+        values = [*model.parameters(), *model.buffers()]
         near: tuple[list[Tensor], list[Tensor]] = [], []
-        for average, now in zip(averages, itertools.chain(model.parameters(), model.buffers()), strict=True):
+        for average, now in zip(averages, values, strict=True):
             if self.begun and average.is_floating_point():
                 near[0].append(average)
                 near[1].append(now)

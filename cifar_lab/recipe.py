@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cifar_lab import models
 
 MEASURED = ("precision", "memory_format")  # fields which the machine may settle; see cifar_lab.machine.measured
+FREE = ("data_dir", "compile")  # where and how fast it is trained, not what: these may change on a resume
 
 
 class InputError(ValueError):

@@ -86,6 +86,19 @@ def interrupted(
         fit(asked, folder, on_epoch=stop, **words)
 
 
+def look_into_resnets(monkeypatch: pytest.MonkeyPatch, look: Callable[[Any, torch.Tensor], Any]) -> None:
+    """Have `look` called with each ResNet that computes, and the images it is given."""
+    from cifar_lab.models.resnet import ResNet
+
+    plain = ResNet.forward
+
+    def forward(self: ResNet, images: torch.Tensor) -> torch.Tensor:
+        look(self, images)
+        return plain(self, images)
+
+    monkeypatch.setattr(ResNet, "forward", forward)
+
+
 @pytest.fixture(scope="session")
 def counter_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder which, on PYTHONPATH, has every trained epoch noted in the file that EPOCHS_TRAINED names."""

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import look_into_resnets
 
 from cifar_lab import machine
 from cifar_lab.classifier import ImageClassifier
 from cifar_lab.fit import trainer
-from cifar_lab.models.resnet import ResNet
 from cifar_lab.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -229,14 +229,12 @@ def test_without_bf16_only_the_memory_format_is_measured(fresh_cache: Path, monk
 def test_a_network_lies_in_memory_as_its_recipe_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = Recipe(arch="resnet", width=16, memory_format=name, batch_size=4)
     seen: list[bool] = []
-    plain = ResNet.forward
 
-    def forward(self: ResNet, images: torch.Tensor) -> torch.Tensor:
-        weight: Any = self.stages[0].residual[0].weight
-        seen.extend(one.is_contiguous(memory_format=torch.channels_last) for one in (images, weight))
-        return plain(self, images)
+    def look(network: Any, images: torch.Tensor) -> None:
+        both = images, network.stages[0].residual[0].weight
+        seen.extend(one.is_contiguous(memory_format=torch.channels_last) for one in both)
 
-    monkeypatch.setattr(ResNet, "forward", forward)
+    look_into_resnets(monkeypatch, look)
     machine.step_seconds(recipe, "32", repeats=1)
     model = ImageClassifier(recipe.to_dict(), list("0123456789"), [0.5] * 3, [0.5] * 3)
     model.training_step((torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64)), 0)
@@ -245,12 +243,6 @@ def test_a_network_lies_in_memory_as_its_recipe_says(name: str, monkeypatch: pyt
 
 def test_a_step_is_measured_with_images_of_the_size_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[tuple[int, ...]] = []
-    plain = ResNet.forward
-
-    def forward(self: ResNet, images: torch.Tensor) -> torch.Tensor:
-        shapes.append(tuple(images.shape))
-        return plain(self, images)
-
-    monkeypatch.setattr(ResNet, "forward", forward)
+    look_into_resnets(monkeypatch, lambda _, images: shapes.append(tuple(images.shape)))
     machine.step_seconds(Recipe(arch="resnet", width=8), "32", batch=2, side=16, repeats=1)
     assert shapes == [(2, 3, 16, 16)] * 2

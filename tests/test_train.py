@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from conftest import InterruptionError, interrupted
+from conftest import InterruptionError, interrupted, look_into_resnets
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 from torch import Tensor
 
@@ -35,7 +35,6 @@ from cifar_lab.data import CIFAR10DataModule
 from cifar_lab.dataset import DataError
 from cifar_lab.evaluate import main as evaluate_command
 from cifar_lab.fit import fit, trainer
-from cifar_lab.models.resnet import ResNet
 from cifar_lab.prepare import FEW_STEPS, shortage
 from cifar_lab.recipe import InputError, Recipe
 from cifar_lab.train import main as train_command
@@ -216,15 +215,9 @@ def test_the_first_epochs_train_on_small_images_and_validate_on_whole_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[bool, int]] = []
-    plain = ResNet.forward
-
-    def forward(self: ResNet, images: Tensor) -> Tensor:
-        seen.append((self.training, images.shape[-1]))
-        return plain(self, images)
-
     fields = {"arch": "resnet", "width": 8, "limit_train": 40, "batch_size": 40}
     asked = recipe(**fields, max_epochs=5, small_share=0.5, small_side=12)
-    monkeypatch.setattr(ResNet, "forward", forward)
+    look_into_resnets(monkeypatch, lambda network, images: seen.append((network.training, images.shape[-1])))
     fit(asked, tmp_path)
     assert [side for training, side in seen if training] == [12, 12, 32, 32, 32]
     assert {side for training, side in seen if not training} == {32}

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from cifar_lab import cli
 from cifar_lab.files import read_json
-from cifar_lab.recipe import MEASURED, InputError, Recipe, at_least
+from cifar_lab.recipe import FREE, MEASURED, InputError, Recipe, at_least
 from tune.resources import RunOptions
 from tune.space import Domain, configuration, space_for
 
@@ -28,7 +28,6 @@ RESUME = {
 # The options that decide a result; the others may differ when a search is resumed, but are as they were if not given.
 DECISIVE = ("num_samples", "grace_period", "reduction_factor", "finalists", "finalist_seeds")
 HOW = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "hang_timeout", "storage")
-FREE = ("data_dir", "compile")  # of the recipe: where and how fast it is trained, not what
 
 
 @dataclass(frozen=True, kw_only=True)

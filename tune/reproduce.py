@@ -21,7 +21,7 @@ from tune.grid_question import GridQuestion
 from tune.published import Row, by_run, update
 from tune.question import Question, SearchOptions, SearchQuestion
 from tune.search import Search
-from tune.study import FREE, Figure, Study, settings_of, studies
+from tune.study import UNSCALED, Figure, Study, settings_of, studies
 from tune.trial import epoch_checkpoint
 
 SMALL = (
@@ -140,7 +140,7 @@ def scaled(study: Study, question: Question) -> list[str]:
     defaults = type(base)(**full)
     for name, value in question.given.items():
         meant = full.get(name, getattr(defaults, name))
-        if name in FREE or name == "limit_train":
+        if name in UNSCALED or name == "limit_train":
             continue
         if name in study.grid:
             told.append(f"only {name} {value}")

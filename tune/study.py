@@ -11,7 +11,7 @@ from typing import Any
 
 from cifar_lab import cli
 from cifar_lab.files import read_json
-from cifar_lab.recipe import MEASURED, InputError, Recipe, at_least, check_fields, nearest
+from cifar_lab.recipe import FREE, MEASURED, InputError, Recipe, at_least, check_fields, nearest
 from tune.grid_question import GridOptions, GridQuestion
 from tune.kfold import combinations
 from tune.published import shown
@@ -20,7 +20,7 @@ from tune.resources import RunOptions
 from tune.space import Choice, space_for
 
 STUDIES = Path(__file__).with_name("studies")
-FREE = ("data_dir", "compile", *MEASURED)  # may differ from the published study without being a change of scale
+UNSCALED = (*FREE, *MEASURED)  # may differ from the published study without being a change of scale
 
 
 @dataclass(frozen=True, kw_only=True)
